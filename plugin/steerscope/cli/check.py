@@ -1,0 +1,43 @@
+"""``steerscope check``: everything that can be known to be wrong before a server starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from steerscope.catalog import fingerprint, store
+from steerscope.config import Settings
+from steerscope.errors import CatalogError
+from steerscope.steering.policies import check_declared
+
+
+def run(settings: Settings, model: Path | None) -> int:
+    """Print a summary; raise the first thing that is wrong."""
+    catalog = store.load(Path(settings.catalog))
+    check_declared(catalog, settings.policies)
+    if model is not None:
+        fingerprint.check(catalog.document.model, served_model(model))
+    document = catalog.document
+    print(f"catalog   {document.name} {document.version}  {catalog.digest}")
+    for key, features in catalog.sites.items():
+        print(f"  {key}  {', '.join(feature.name for feature in features)}")
+    print(f"signals   {', '.join(signal.name for signal in catalog.signals) or '-'}")
+    named = [p.name for p in (*catalog.policies, *settings.policies)]
+    print(f"policies  {', '.join(named) or '-'}")
+    print(f"hub       gRPC {settings.hub.grpc_address}, HTTP {settings.hub.http_address}")
+    return 0
+
+
+def served_model(folder: Path) -> fingerprint.ServedModel:
+    """What a model folder's ``config.json`` says of it."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return fingerprint.ServedModel(
+            architecture=config["architectures"][0],
+            hidden_size=config["hidden_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            vocab_size=config["vocab_size"],
+            folder=folder,
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CatalogError(f"{folder}/config.json: {error!r}") from None

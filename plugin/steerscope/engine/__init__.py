@@ -1,0 +1,1 @@
+"""INSIDE vLLM: seams, taps, the in-graph op, steering rows, batch plan, readout."""

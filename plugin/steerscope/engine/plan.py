@@ -1,0 +1,134 @@
+"""The batch plan: each scheduled token's request, position and steering row.
+
+Made once per step, in numpy, from the runner's own layout (never from the order in
+which the scheduler named the requests). Shapes: R requests in the step, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from steerscope.engine.rows import RowTable
+from steerscope.steering.stamp import Stamp
+
+IntArray = npt.NDArray[np.int64]
+
+
+class RequestInfo(NamedTuple):
+    """What the runner knows of a request. ``stamp`` is None if it bypassed admission."""
+
+    stamp: Stamp | None
+    num_prompt_tokens: int
+
+
+class StepLayout(NamedTuple):
+    """The step as the runner laid it out.
+
+    Tokens of ``req_ids[r]`` are rows ``query_start_loc[r]`` to ``query_start_loc[r + 1]``,
+    at positions from ``first_positions[r]`` on.
+    """
+
+    req_ids: Sequence[str]
+    query_start_loc: IntArray
+    first_positions: IntArray
+
+
+class Span(NamedTuple):
+    """Positions ``[start, end)`` of a request have steering row ``row``."""
+
+    start: int
+    end: float
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A request in the persistent batch, and the rows it holds."""
+
+    digests: frozenset[str]
+    spans: tuple[Span, ...]
+
+
+class BatchPlan:
+    """Follows the persistent batch and lays steering rows over each step's tokens.
+
+    Args:
+        table: allocates rows; a request holds its rows while it is in the batch.
+        lookup: internal request id to what the runner knows of it.
+        write_row: called with (row, stamp, active) when a row must be filled.
+    """
+
+    def __init__(
+        self,
+        table: RowTable,
+        lookup: Callable[[str], RequestInfo],
+        write_row: Callable[[int, Stamp, tuple[int, ...]], None],
+    ) -> None:
+        self._table = table
+        self._lookup = lookup
+        self._write_row = write_row
+        self._steered: dict[str, _Member] = {}
+        self._req_ids: frozenset[str] = frozenset()
+
+    def rows(self, layout: StepLayout) -> IntArray:
+        """The steering row of each token of the step, int64 [T]."""
+        self._follow(frozenset(layout.req_ids))
+        rows_T = np.zeros(int(layout.query_start_loc[-1]), np.int64)
+        if self._steered:
+            for r, req_id in enumerate(layout.req_ids):
+                if (member := self._steered.get(req_id)) is not None:
+                    begin, end = layout.query_start_loc[r], layout.query_start_loc[r + 1]
+                    _lay(rows_T[begin:end], int(layout.first_positions[r]), member.spans)
+        return rows_T
+
+    def forget(self, req_ids: Sequence[str]) -> None:
+        """Requests that ended: an id may come back as another request."""
+        for req_id in req_ids:
+            self._leave(req_id)
+        self._req_ids -= frozenset(req_ids)
+
+    def _follow(self, req_ids: frozenset[str]) -> None:
+        if req_ids == self._req_ids:
+            return
+        for req_id in self._req_ids - req_ids:
+            self._leave(req_id)
+        for req_id in req_ids - self._req_ids:
+            self._join(req_id)
+        self._req_ids = req_ids
+
+    def _leave(self, req_id: str) -> None:
+        member = self._steered.pop(req_id, None)
+        if member is not None:
+            for digest in member.digests:
+                self._table.release(digest)
+
+    def _join(self, req_id: str) -> None:
+        stamp = self._lookup(req_id).stamp
+        if stamp is None or not stamp.segments:
+            return
+        rows: dict[str, int] = {}
+        for segment in stamp.segments:
+            if segment.digest not in rows:
+                row, fresh = self._table.acquire(segment.digest)
+                rows[segment.digest] = row
+                if fresh:
+                    self._write_row(row, stamp, segment.active)
+        spans = tuple(
+            Span(s.start, np.inf if s.end is None else s.end, rows[s.digest])
+            for s in stamp.segments
+        )
+        self._steered[req_id] = _Member(frozenset(rows), spans)
+
+
+def _lay(rows: IntArray, first_position: int, spans: tuple[Span, ...]) -> None:
+    """Write the spans' rows over the tokens at ``first_position`` and on."""
+    for start, end, row in spans:
+        low = max(start - first_position, 0)
+        high = min(end - first_position, rows.size)
+        if low < high:
+            rows[low : int(high)] = row

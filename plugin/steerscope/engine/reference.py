@@ -1,0 +1,83 @@
+"""The equation, in plain PyTorch. Every kernel cites this file and is tested against it.
+
+Shapes: T tokens, D model width, F features of one site, S steering rows.
+
+    x      = hidden + residual                     [T, D]  vLLM keeps the sum split
+    pre    = x @ W_enc + b_enc                     [T, F]  selected encoder columns, b_dec folded in
+    f      = act(pre)                              [T, F]  relu | jumprelu(threshold) | identity
+    f'     = clip(scale * f + add, lo, hi)         [T, F]  parameters of the token's steering row
+    hidden = hidden + ((f' - f) * gate) @ W_dec    [T, D]  the SAE's error term is untouched
+
+Sources: JumpReLU, Rajamanoharan et al. 2024 (arXiv 2407.14435); editing one latent
+while keeping the reconstruction error, Templeton et al. 2024; names as in SAELens.
+All of it in float32 whatever the model's dtype. Row 0 is neutral.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEUTRAL_ROW = 0
+
+
+class Encoder(NamedTuple):
+    """The read half. relu is jumprelu with threshold 0; identity has threshold -inf."""
+
+    W_enc_DF: Tensor
+    b_enc_F: Tensor
+    threshold_F: Tensor
+
+
+class Rows(NamedTuple):
+    """Edit parameters: of all rows [S, F] or, gathered, of each token [T, F].
+
+    The gate holds where ``f > self_above``, ``f[gate_index] > gate_above`` and
+    ``f[gate_index] < gate_below``; neutral bounds are infinite.
+    """
+
+    scale: Tensor
+    add: Tensor
+    lo: Tensor
+    hi: Tensor
+    self_above: Tensor
+    gate_index: Tensor
+    gate_above: Tensor
+    gate_below: Tensor
+
+    def at(self, rows_T: Tensor) -> Rows:
+        """Each token's parameters."""
+        return Rows(*(table[rows_T] for table in self))
+
+
+def encode(x_TD: Tensor, encoder: Encoder) -> Tensor:
+    """Feature activations [T, F] of the residual stream."""
+    pre_TF = torch.addmm(encoder.b_enc_F, x_TD, encoder.W_enc_DF)
+    return torch.where(pre_TF > encoder.threshold_F, pre_TF, 0.0)
+
+
+def edit(acts_TF: Tensor, rows_TF: Rows) -> Tensor:
+    """The change of each feature, ``(f' - f) * gate`` [T, F]; exactly 0 on a neutral row."""
+    edited_TF = torch.clamp(rows_TF.scale * acts_TF + rows_TF.add, rows_TF.lo, rows_TF.hi)
+    gated_by_TF = acts_TF.gather(1, rows_TF.gate_index)
+    holds_TF = (
+        (acts_TF > rows_TF.self_above)
+        & (gated_by_TF > rows_TF.gate_above)
+        & (gated_by_TF < rows_TF.gate_below)
+    )
+    return torch.where(holds_TF, edited_TF - acts_TF, 0.0)
+
+
+def decode(delta_TF: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """The change of the residual stream [T, D]."""
+    return delta_TF @ W_dec_FD
+
+
+def dose(delta_TD: Tensor, x_TD: Tensor) -> Tensor:
+    """Size of the change relative to the stream, per token [T]."""
+    tiny = torch.finfo(torch.float32).tiny
+    size_T = torch.linalg.vector_norm(x_TD, dim=-1).clamp_min(tiny)
+    dose_T: Tensor = torch.linalg.vector_norm(delta_TD, dim=-1) / size_T
+    return dose_T

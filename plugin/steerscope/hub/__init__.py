@@ -1,0 +1,1 @@
+"""The hub: one process per vLLM launch. Fan-in, policies, gRPC, exporters."""

@@ -1,0 +1,79 @@
+"""The wire between front ends (API servers, ``LLM``) and the hub, both ways.
+
+ZeroMQ DEALER (front end) to ROUTER (hub) over ``ipc://<endpoint>/control``;
+frames travel apart, PUSH (worker) to PULL (hub) over ``ipc://<endpoint>/frames``.
+Messages are tagged msgspec structs in MessagePack.
+
+    front end → hub   Hello, Ack, Admitted, Rejected, Goodbye
+    hub → front end   Policies (whenever they change, and in answer to Hello), Refused
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from steerscope.steering.interventions import Policy
+
+PROTOCOL_VERSION = 1
+
+
+def control_address(endpoint: str) -> str:
+    """ZeroMQ address of the control socket in the endpoint folder."""
+    return f"ipc://{endpoint}/control"
+
+
+def frames_address(endpoint: str) -> str:
+    """ZeroMQ address of the frames socket in the endpoint folder."""
+    return f"ipc://{endpoint}/frames"
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of a front end; repeated until answered, and after a reconnect."""
+
+    version: int
+    catalog_digest: str
+    pid: int
+
+
+class Ack(msgspec.Struct, frozen=True, tag=True):
+    """The front end now enforces the policies of ``revision``."""
+
+    revision: int
+
+
+class Admitted(msgspec.Struct, frozen=True, tag=True):
+    """A request with steering was admitted under ``policy`` (or ``inline``)."""
+
+    external_id: str
+    policy: str
+    digest: str
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """A request was refused; ``policy`` only when it names a known one, else ``unknown``."""
+
+    external_id: str
+    policy: str
+    field: str
+    reason: str
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """The front end is shutting down; no Ack is owed any more."""
+
+
+class Policies(msgspec.Struct, frozen=True, tag=True):
+    """Every policy in force, at ``revision``."""
+
+    revision: int
+    policies: tuple[Policy, ...]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The hub will not serve this front end (another version or catalog)."""
+
+    reason: str
+
+
+FromFrontend = Hello | Ack | Admitted | Rejected | Goodbye
+FromHub = Policies | Refused

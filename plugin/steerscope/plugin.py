@@ -1,0 +1,154 @@
+"""Composition root: what Steerscope does at each seam into vLLM (listed in engine/seams.py).
+
+    launch      (launcher)       settings → additional_config; checks; starts the hub
+    front_end   (API server, LLM) admission wired to the hub
+    runtime     (worker)         taps in the model, plan, readout
+
+``register`` is vLLM's general-plugin entry point. It runs in every process, more
+than once, before anything is configured; unconfigured, it returns at once and
+nothing of vLLM is patched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from steerscope import config
+
+if TYPE_CHECKING:
+    from steerscope.catalog.store import Catalog
+    from steerscope.engine.runtime import EngineRuntime
+    from steerscope.hub.launcher import RunningHub
+    from steerscope.steering.frontend import FrontEnd
+
+_instances = 0
+_hub: RunningHub | None = None
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins: steerscope``."""
+    if not (config.is_configured() or _configured_by_argument()):
+        return
+    from steerscope.engine import seams
+
+    seams.install(seams.Callbacks(launch, launched, front_end, runtime))
+
+
+def launch(additional_config: Any) -> Any | None:
+    """Settle the settings and pin the catalog they name; None when not configured."""
+    settings = config.discover(additional_config)
+    if settings is None:
+        return None
+    from steerscope.steering.policies import check_declared
+
+    catalog = load_catalog(settings)
+    check_declared(catalog, settings.policies)
+    settings = config.pinned(settings, catalog.digest)
+    return {**additional_config, config.ADDITIONAL_CONFIG_KEY: config.to_tree(settings)}
+
+
+def launched(vllm_config: Any) -> None:
+    """Refuse what cannot be served exactly, then see to it that a hub runs."""
+    from steerscope.catalog import fingerprint
+    from steerscope.engine import seams
+
+    settings = _settings(vllm_config)
+    assert settings is not None
+    seams.check_engine(vllm_config)
+    fingerprint.check(load_catalog(settings).document.model, seams.served_model(vllm_config))
+    _ensure_hub(settings)
+
+
+def front_end(vllm_config: Any) -> FrontEnd | None:
+    """The front end's half, linked to the hub."""
+    settings = _settings(vllm_config)
+    if settings is None:
+        return None
+    from steerscope.hub.link import FrontendLink
+    from steerscope.steering.frontend import FrontEnd
+
+    catalog = load_catalog(settings)
+    link = FrontendLink(config.require_hub_endpoint(), catalog.digest)
+    link.start()
+    return FrontEnd(catalog, settings, link)
+
+
+def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
+    """The worker's half, with its taps in the model."""
+    settings = _settings(vllm_config)
+    if settings is None:
+        return None
+    from steerscope.engine import seams
+    from steerscope.engine.readout import FrameSender, Source
+    from steerscope.engine.runtime import EngineRuntime
+
+    global _instances
+    instance, _instances = _instances, _instances + 1
+    catalog = load_catalog(settings)
+    parallel = vllm_config.parallel_config
+    source = Source(
+        catalog_digest=catalog.digest,
+        model_name=seams.served_name(vllm_config),
+        engine=str(parallel.data_parallel_index),
+        rank=parallel.rank,
+    )
+    return EngineRuntime(
+        catalog,
+        seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),
+        seams.capacity(vllm_config, model_runner, settings.steering.max_rows_per_request),
+        model_runner.device,
+        lambda req_id: seams.request_info(model_runner, req_id),
+        source,
+        FrameSender(config.require_hub_endpoint()),
+        instance,
+    )
+
+
+def load_catalog(settings: config.Settings) -> Catalog:
+    """The catalog the settings name; refused if it is not the one they pin."""
+    from pathlib import Path
+
+    from steerscope.catalog import store
+    from steerscope.errors import CatalogError
+
+    catalog = store.load(Path(settings.catalog))
+    if settings.catalog_digest not in (None, catalog.digest):
+        raise CatalogError(
+            f"{settings.catalog}: digest is {catalog.digest}, pinned to {settings.catalog_digest}"
+        )
+    return catalog
+
+
+def _configured_by_argument() -> bool:
+    """Whether the ``EngineArgs`` now being built, whose ``__post_init__`` loads us, name us.
+
+    Looking is how ``--additional-config`` is noticed without patching an unconfigured vLLM.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__post_init__":
+            given = getattr(frame.f_locals.get("self"), "additional_config", None)
+            if isinstance(given, Mapping) and config.ADDITIONAL_CONFIG_KEY in given:
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _settings(vllm_config: Any) -> config.Settings | None:
+    """Past the launcher only ``additional_config`` counts, never the environment."""
+    return config.discover(vllm_config.additional_config, environ={})
+
+
+def _ensure_hub(settings: config.Settings) -> None:
+    """Start a hub unless this launch has one already."""
+    global _hub
+    from steerscope.hub import launcher
+
+    if _hub is not None and _hub.process.poll() is None:
+        return
+    if _hub is None and config.hub_endpoint() is not None:
+        return
+    _hub = launcher.start_hub(settings)
+    config.publish_hub_endpoint(_hub.endpoint)

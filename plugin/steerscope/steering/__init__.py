@@ -1,0 +1,1 @@
+"""WHAT is asked: interventions, policies, admission. No torch, no vLLM."""

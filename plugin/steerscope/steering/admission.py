@@ -1,0 +1,111 @@
+"""The gate: a request's steering flag is resolved and stamped, or refused.
+
+Runs in the front-end process (API server or ``LLM``), once per request, before the
+engine sees it. Nothing past this point can reject, so everything that can be wrong
+is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from steerscope.catalog.store import Catalog
+from steerscope.config import SteeringSettings
+from steerscope.errors import SpecError, UnknownPolicyError
+from steerscope.steering import segments, stamp
+from steerscope.steering.interventions import (
+    Policy,
+    SteeringSpec,
+    canonical_json,
+    digest,
+    parse_spec,
+)
+
+STEERING_KEY = "steering"
+INLINE = "inline"
+UNKNOWN = "unknown"
+
+_OUR_PREFIX = "steer"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The flag, resolved: which policy (or ``inline``) and what it does."""
+
+    policy: str
+    spec: SteeringSpec
+
+
+class Admission:
+    """Resolves flags against the catalog and the policies in force.
+
+    Args:
+        catalog: the catalog being served.
+        settings: limits per request.
+        policies: called per request for the current snapshot, name to policy.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        settings: SteeringSettings,
+        policies: Callable[[], Mapping[str, Policy]],
+    ) -> None:
+        self._catalog = catalog
+        self._settings = settings
+        self._policies = policies
+
+    def resolve(self, extra_args: Mapping[str, Any] | None) -> Asked | None:
+        """Read the steering flag; None when there is none. Raises ``SpecError``."""
+        extra_args = extra_args or {}
+        for key in extra_args:
+            if isinstance(key, str) and key.startswith(_OUR_PREFIX) and key != STEERING_KEY:
+                raise SpecError(key, f"not a key of ours; steering goes under {STEERING_KEY!r}")
+        if STEERING_KEY not in extra_args:
+            return None
+        try:
+            return self._resolve(extra_args[STEERING_KEY])
+        except SpecError as error:
+            raise error.under(STEERING_KEY) from None
+
+    def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> bytes:
+        """The stamp for a request of that length. Raises ``SpecError`` past the row limit."""
+        if asked is None:
+            return stamp.encode(stamp.Stamp(external_id))
+        edits = asked.spec.interventions
+        parts = segments.build(self._catalog.digest, edits, num_prompt_tokens)
+        distinct = len({part.digest for part in parts})
+        if distinct > self._settings.max_rows_per_request:
+            raise SpecError(
+                f"{STEERING_KEY}.interventions",
+                f"phases and spans make {distinct} different combinations of edits, "
+                f"at most {self._settings.max_rows_per_request} are allowed",
+            )
+        return stamp.encode(
+            stamp.Stamp(external_id, asked.policy, self.digest(asked.spec), edits, parts)
+        )
+
+    def digest(self, spec: SteeringSpec) -> str:
+        """Names the steering asked for, whatever the request's length."""
+        return digest(self._catalog.digest.encode(), canonical_json(spec.interventions))
+
+    def _resolve(self, flag: object) -> Asked:
+        if not isinstance(flag, str):
+            kind = type(flag).__name__
+            raise SpecError("", f"must be a policy name or a JSON string, got {kind}")
+        text = flag.strip()
+        asked = Asked(INLINE, parse_spec(text)) if text.startswith("{") else self._named(text)
+        if len(asked.spec.interventions) > self._settings.max_interventions:
+            raise SpecError(
+                "interventions", f"more than {self._settings.max_interventions} are not allowed"
+            )
+        self._catalog.check(asked.spec)
+        return asked
+
+    def _named(self, name: str) -> Asked:
+        policy = self._policies().get(name)
+        if policy is None:
+            raise UnknownPolicyError("", f"no policy {name[:80]!r}")
+        return Asked(policy.name, policy.spec)

@@ -1,0 +1,1 @@
+"""WHAT was seen: frames, aggregation, signals. No torch, no vLLM."""

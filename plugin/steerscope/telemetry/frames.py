@@ -1,0 +1,120 @@
+"""The wire between the engine's workers and the hub: one frame per step.
+
+Encoded with msgspec (MessagePack), typed and versioned; arrays travel as raw
+little-endian bytes. Shapes: R requests in the step, T their tokens, F features
+of a site, E edits made. Tokens of request r are ``query_start_loc[r]`` to
+``query_start_loc[r + 1]``; its first token here has position ``positions[r]``.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+FRAME_VERSION = 1
+
+
+class RequestStart(msgspec.Struct, frozen=True, array_like=True):
+    """Told once per request, in the first frame that holds a token of it.
+
+    ``first_position`` > 0 means the tokens before it came from the prefix cache.
+    """
+
+    request_id: str
+    """vLLM's internal id; unique in the engine."""
+    external_id: str
+    """The id the client knows."""
+    num_prompt_tokens: int
+    first_position: int
+    policy: str
+    """Policy name, ``inline``, or empty for an unsteered request."""
+    digest: str
+    """Digest of the effective steering, or empty."""
+    interventions: bytes
+    """Canonical JSON of the interventions, or empty."""
+
+
+class SiteActivations(msgspec.Struct, frozen=True, array_like=True):
+    """What one site saw: the features as they were before any edit.
+
+    ``acts`` is float32 [T, F]; the edits are listed sparsely: ``edit_tokens`` int32 [E]
+    rows of this frame, ``edit_deltas`` float32 [E, F] the change f' - f after gating,
+    ``edit_doses`` float32 [E] the norm of the change over the norm of the residual.
+    """
+
+    site: str
+    num_features: int
+    acts: bytes
+    edit_tokens: bytes = b""
+    edit_deltas: bytes = b""
+    edit_doses: bytes = b""
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """One step of one worker."""
+
+    version: int
+    catalog_digest: str
+    model_name: str
+    engine: str
+    rank: int
+    step: int
+    monotonic_ns: int
+    """``time.monotonic_ns`` when the readout was taken (same host as the hub)."""
+    overhead_ns: int
+    """What Steerscope itself spent on the host in the step before this frame."""
+    dropped: int
+    """Frames this worker could not send since it started."""
+    dropped_tokens: int
+    """Tokens in those frames."""
+    started: tuple[RequestStart, ...]
+    finished: tuple[str, ...]
+    """Internal ids of requests that ended since the last frame."""
+    request_ids: tuple[str, ...]
+    query_start_loc: tuple[int, ...]
+    positions: tuple[int, ...]
+    sites: tuple[SiteActivations, ...]
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame as MessagePack."""
+    return msgspec.msgpack.encode(frame)
+
+
+def decode(payload: bytes) -> Frame:
+    """Decode and check the shapes; raise ``msgspec.ValidationError`` on anything amiss."""
+    frame = msgspec.msgpack.decode(payload, type=Frame)
+    if frame.version != FRAME_VERSION:
+        raise msgspec.ValidationError(f"frame version {frame.version}, expected {FRAME_VERSION}")
+    if len(frame.query_start_loc) != len(frame.request_ids) + 1 or len(frame.positions) != len(
+        frame.request_ids
+    ):
+        raise msgspec.ValidationError("request_ids, query_start_loc and positions disagree")
+    num_tokens = frame.query_start_loc[-1]
+    for site in frame.sites:
+        if len(site.acts) != 4 * num_tokens * site.num_features:
+            raise msgspec.ValidationError(f"{site.site}: acts is not [T, F]")
+        num_edits = len(site.edit_tokens) // 4
+        if (
+            len(site.edit_deltas) != 4 * num_edits * site.num_features
+            or len(site.edit_doses) != 4 * num_edits
+        ):
+            raise msgspec.ValidationError(f"{site.site}: edits are not [E, F]")
+    return frame
+
+
+def acts_TF(site: SiteActivations) -> npt.NDArray[np.float32]:
+    """The site's activations as a read-only [T, F] view."""
+    return np.frombuffer(site.acts, np.float32).reshape(-1, site.num_features)
+
+
+def edits(
+    site: SiteActivations,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The site's edits as read-only (tokens [E], deltas [E, F], doses [E])."""
+    return (
+        np.frombuffer(site.edit_tokens, np.int32),
+        np.frombuffer(site.edit_deltas, np.float32).reshape(-1, site.num_features),
+        np.frombuffer(site.edit_doses, np.float32),
+    )

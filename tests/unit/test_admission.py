@@ -1,0 +1,70 @@
+import pytest
+from steerscope.catalog import store
+from steerscope.config import SteeringSettings
+from steerscope.errors import SpecError
+from steerscope.steering import stamp
+from steerscope.steering.admission import Admission
+
+
+@pytest.fixture
+def admission(tiny_world):
+    catalog = store.load(tiny_world.catalog)
+    policies = {policy.name: policy for policy in catalog.policies}
+    return Admission(catalog, SteeringSettings(max_interventions=3), lambda: policies)
+
+
+def test_a_request_without_a_flag_is_stamped_unsteered(admission):
+    made = stamp.decode(admission.stamp("id-1", admission.resolve({"top_k": 3}), 12))
+    assert (made.external_id, made.policy, made.segments) == ("id-1", "", ())
+
+
+def test_a_policy_is_resolved_by_name(admission):
+    asked = admission.resolve({"steering": "push"})
+    made = stamp.decode(admission.stamp("id-1", asked, 12))
+    assert made.policy == "push"
+    assert made.interventions[0].feature == "direction_1"
+    assert made.digest == admission.digest(asked.spec) != ""
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "field"),
+    [
+        ({"steering": 3}, "steering"),
+        ({"steering": ["push"]}, "steering"),
+        ({"steering": ""}, "steering"),
+        ({"steering": "nope"}, "steering"),
+        ({"steering": "{"}, "steering"),
+        (
+            {"steering": '{"interventions":[{"feature":"x","add":1}]}'},
+            "steering.interventions[0].feature",
+        ),
+        ({"steering_policy": "push"}, "steering_policy"),
+        ({"steerscope": b"forged"}, "steerscope"),
+        (
+            {
+                "steering": '{"interventions":['
+                + ",".join(
+                    f'{{"feature":"{f}","add":1}}'
+                    for f in ("unit_1", "unit_2", "latent_1", "latent_2")
+                )
+                + "]}"
+            },
+            "steering.interventions",
+        ),
+    ],
+)
+def test_a_bad_flag_is_refused_and_its_field_named(admission, extra_args, field):
+    with pytest.raises(SpecError) as caught:
+        admission.resolve(extra_args)
+    assert caught.value.field == field
+
+
+def test_more_combinations_than_rows_are_refused(tiny_world):
+    catalog = store.load(tiny_world.catalog)
+    admission = Admission(catalog, SteeringSettings(max_rows_per_request=2), dict)
+    edits = ",".join(
+        f'{{"feature":"direction_1","add":{i + 1},"span":[{i},{i + 1}]}}' for i in range(3)
+    )
+    asked = admission.resolve({"steering": f'{{"interventions":[{edits}]}}'})
+    with pytest.raises(SpecError, match="3 different combinations"):
+        admission.stamp("id", asked, 12)

@@ -1,0 +1,141 @@
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+from steerscope.catalog import fingerprint, store
+from steerscope.cli.check import served_model
+from steerscope.errors import CatalogError, ModelMismatchError, SpecError
+from steerscope.steering.interventions import parse_spec
+
+
+@pytest.fixture
+def folder(tiny_world, tmp_path):
+    return shutil.copytree(tiny_world.catalog, tmp_path / "catalog")
+
+
+def change_yaml(folder, change):
+    path = folder / store.CATALOG_FILE
+    document = yaml.safe_load(path.read_text())
+    change(document)
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def change_tensors(folder, change):
+    path = folder / store.TENSORS_FILE
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_catalog_loads_with_its_features_grouped_by_site(folder):
+    catalog = store.load(folder)
+    assert [str(key) for key in catalog.sites] == ["resid_post.1", "resid_post.2"]
+    assert catalog.feature("probe_2").layer == 2
+    assert catalog.vectors["probe_2"].W_dec is None
+
+
+def test_the_digest_changes_with_either_file(folder):
+    before = store.load(folder).digest
+    change_yaml(folder, lambda d: d.update(description="other"))
+    after_yaml = store.load(folder).digest
+    change_tensors(folder, lambda t: t.update({"unit_1.b_enc": np.array([9.0], np.float32)}))
+    assert len({before, after_yaml, store.load(folder).digest}) == 3
+
+
+def set_nan(tensors):
+    tensors["unit_1.W_enc"][3] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("unit_1.W_enc"), "'unit_1.W_enc' is missing"),
+        (lambda t: t.pop("latent_1.threshold"), "'latent_1.threshold' is missing"),
+        (set_nan, "NaN"),
+        (lambda t: t.update({"unit_1.W_enc": np.zeros(7, np.float32)}), "expected float32"),
+        (lambda t: t.update({"unit_1.W_enc": np.zeros(128)}), "float64"),
+        (lambda t: t.update({"stray": np.zeros(1, np.float32)}), "belongs to no feature"),
+    ],
+)
+def test_bad_tensors_are_refused_by_name(folder, change, message):
+    change_tensors(folder, change)
+    with pytest.raises(CatalogError, match=message):
+        store.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema="v0"), "schema"),
+        (lambda d: d.update(extra=1), "unknown field `extra`"),
+        (lambda d: d["features"][0].update(name="Bad Name"), r"features\[0\].name"),
+        (lambda d: d["features"][0].update(layer=99), "layer 99 does not exist"),
+        (lambda d: d["features"][0].update(site="nowhere"), r"features\[0\].site"),
+        (lambda d: d["features"].append(d["features"][0]), "declared 2 times"),
+        (lambda d: d["signals"][0]["terms"][0].update(feature="nope"), "no feature 'nope'"),
+        (lambda d: d["signals"][0].update(bias=float("nan")), "not a finite number"),
+        (lambda d: d["signals"][0].update(labels=[]), "labels"),
+        (
+            lambda d: d["policies"][0]["interventions"][0].update(feature="probe_1"),
+            "policy 'push': interventions.0..feature: 'probe_1' is read-only",
+        ),
+    ],
+)
+def test_a_bad_document_is_refused_with_its_path(folder, change, message):
+    change_yaml(folder, change)
+    with pytest.raises(CatalogError, match=message):
+        store.load(folder)
+
+
+def test_truncated_and_missing_files_are_refused(folder, tmp_path):
+    tensors = folder / store.TENSORS_FILE
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    with pytest.raises(CatalogError, match=store.TENSORS_FILE):
+        store.load(folder)
+    with pytest.raises(CatalogError, match="No such file"):
+        store.load(tmp_path / "nothing")
+
+
+def test_yaml_cannot_construct_objects(folder):
+    path = folder / store.CATALOG_FILE
+    path.write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(CatalogError):
+        store.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "field"),
+    [
+        ('{"feature": "nope", "clamp": 1}', "interventions[0].feature"),
+        ('{"feature": "probe_1", "clamp": 1}', "interventions[0].feature"),
+        (
+            '{"feature": "unit_1", "clamp": 1, "when": {"feature": "nope", "above": 0}}',
+            "interventions[0].when.feature",
+        ),
+        (
+            '{"feature": "unit_1", "clamp": 1, "when": {"feature": "unit_2", "above": 0}}',
+            "interventions[0].when.feature",
+        ),
+    ],
+)
+def test_a_spec_is_checked_against_the_features_there_are(tiny_world, edit, field):
+    catalog = store.load(tiny_world.catalog)
+    with pytest.raises(SpecError) as caught:
+        catalog.check(parse_spec(f'{{"interventions": [{edit}]}}'))
+    assert caught.value.field == field
+
+
+def test_the_model_it_was_made_for_is_accepted_and_others_are_refused(tiny_world, tmp_path):
+    import tiny
+
+    expected = store.load(tiny_world.catalog).document.model
+    assert fingerprint.check(expected, served_model(tiny_world.model)) == ()
+    other = served_model(tiny.write_model(tmp_path / "other", seed=5))
+    with pytest.raises(ModelMismatchError, match="weight lm_head.weight has sha256"):
+        fingerprint.check(expected, other)
+    wider = dataclasses.replace(served_model(tiny_world.model), hidden_size=256)
+    with pytest.raises(ModelMismatchError, match="hidden_size is 256"):
+        fingerprint.check(expected, wider)

@@ -1,0 +1,137 @@
+"""The op against the equation, on random tensors: exact where nothing is asked, equal where it is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hf_reference import Reference
+from steerscope.catalog import store
+from steerscope.engine import ops
+from steerscope.engine.taps import SiteTap, StepRows
+from steerscope.steering.interventions import parse_spec
+
+SPECS = [
+    '{"feature": "latent_1", "clamp": 3.0}',
+    '{"feature": "unit_1", "ablate": true}',
+    '{"feature": "unit_1", "at_least": 2.0}',
+    '{"feature": "direction_1", "at_most": -0.5}',
+    '{"feature": "direction_1", "scale": -2.0}',
+    '{"feature": "latent_1", "add": 1.0, "only_if_active": true}',
+    '{"feature": "unit_1", "clamp": 4.0, "when": {"feature": "probe_1", "above": 0.0}}',
+    '{"feature": "unit_1", "clamp": 4.0, "when": {"feature": "probe_1", "below": 0.5}}',
+    '{"feature": "latent_1", "clamp": 3.0}, {"feature": "direction_1", "add": 2.0}',
+]
+
+
+class Site:
+    def __init__(self, tiny_world, max_num_tokens=32):
+        self.catalog = store.load(tiny_world.catalog)
+        self.step = StepRows(max_num_tokens, torch.device("cpu"))
+        self.key = next(iter(self.catalog.sites))
+        self.tap = SiteTap(self.catalog, self.key, self.step, 4, torch.device("cpu"))
+        ops.register("test", self.tap)
+
+    def run(self, hidden, residual, rows):
+        self.step.stage(np.array(rows, np.int64))
+        edited = hidden.clone()
+        ops.tap(edited, residual, "test")
+        return edited
+
+
+@pytest.fixture
+def site(tiny_world):
+    return Site(tiny_world)
+
+
+def stream(num_tokens=6, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        (2 * torch.randn(num_tokens, 128, generator=generator)).to(dtype) for _ in range(2)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_neutral_row_leaves_every_bit_alone(site, dtype):
+    hidden, residual = stream(dtype=dtype)
+    hidden[0, 0] = -0.0
+    for edited in (
+        site.run(hidden, residual, [0] * 6),
+        site.run(hidden, None, [0] * 6),
+        site.run(hidden, residual, [0, 0, 0, 0, 0, 1])[:5],
+    ):
+        expected = hidden[: len(edited)]
+        assert torch.equal(edited.view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_edit_is_the_equation(site, tiny_world, spec):
+    hidden, residual = stream()
+    interventions = list(parse_spec(f'{{"interventions": [{spec}]}}').interventions)
+    site.tap.write_row(1, interventions)
+    edited = site.run(hidden, residual, [0, 1, 1, 1, 1, 1])
+    reference = Reference(tiny_world.model, tiny_world.catalog)
+    for token in range(1, 6):
+        x = hidden[token] + residual[token]
+        acts = {f.name: reference.activation(f.name, x) for f in site.tap.features}
+        delta = sum(reference._delta(edit, acts) for edit in json.loads(f"[{spec}]"))
+        torch.testing.assert_close(edited[token], hidden[token] + delta, rtol=1e-4, atol=1e-4)
+        measured = site.tap.acts_TF[token].tolist()
+        assert measured == pytest.approx(list(acts.values()), abs=1e-4)
+        dose = float(delta.norm() / x.norm()) if isinstance(delta, torch.Tensor) else 0.0
+        assert float(site.tap.doses_T[token]) == pytest.approx(dose, abs=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_path_of_captured_graphs_equals_the_path_of_the_cpu(site, spec):
+    hidden, residual = stream()
+    site.tap.write_row(1, list(parse_spec(f'{{"interventions": [{spec}]}}').interventions))
+    some = site.run(hidden, residual, [0, 1, 0, 1, 1, 0])
+    deltas = site.tap.deltas_TF[[1, 3, 4]].clone()
+    every = hidden.clone()
+    site.tap._edit_all(every, hidden + residual, site.tap.acts_TF[:6].clone())
+    assert torch.allclose(some, every, rtol=0, atol=1e-6)
+    assert torch.equal(every[[0, 2, 5]], hidden[[0, 2, 5]])
+    assert torch.equal(site.tap.deltas_TF[[1, 3, 4]], deltas)
+
+
+def test_a_row_that_is_reused_keeps_nothing_of_its_last_use(site):
+    hidden, residual = stream()
+    for spec in (SPECS[6], SPECS[4]):
+        site.tap.write_row(1, list(parse_spec(f'{{"interventions": [{spec}]}}').interventions))
+    reused = site.run(hidden, residual, [1] * 6)
+    site.tap.write_row(2, list(parse_spec(f'{{"interventions": [{SPECS[4]}]}}').interventions))
+    assert torch.equal(reused, site.run(hidden, residual, [2] * 6))
+
+
+def test_a_cleared_step_is_neutral(site):
+    hidden, residual = stream()
+    site.tap.write_row(1, list(parse_spec(f'{{"interventions": [{SPECS[0]}]}}').interventions))
+    site.step.stage(np.ones(6, np.int64))
+    site.step.clear()
+    edited = hidden.clone()
+    ops.tap(edited, residual, "test")
+    assert torch.equal(edited, hidden)
+
+
+def test_the_op_is_well_formed_for_the_compiler(site):
+    hidden, residual = stream()
+    torch.library.opcheck(
+        ops.tap.default,
+        (hidden, residual, "test"),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_the_op_compiles_without_a_graph_break_and_still_edits(site):
+    hidden, residual = stream()
+    site.tap.write_row(1, list(parse_spec(f'{{"interventions": [{SPECS[0]}]}}').interventions))
+    expected = site.run(hidden, residual, [1] * 6) * 2 + residual
+
+    @torch.compile(fullgraph=True, backend="inductor")
+    def layer(hidden, residual):
+        hidden = hidden * 1.0
+        ops.tap(hidden, residual, "test")
+        return hidden * 2 + residual
+
+    torch.testing.assert_close(layer(hidden, residual), expected)
