@@ -202,7 +202,10 @@ def test_a_policy_made_over_grpc_can_be_used_at_once_and_is_gone_when_deleted(
     [
         ({"catalog": "/nowhere"}, "no folder /nowhere"),
         ({"catalogue": "x"}, "unknown field `catalogue`"),
-        ({"policies": [{"name": "p", "interventions": []}]}, "policy 'p': interventions: must not be empty"),
+        (
+            {"policies": [{"name": "p", "interventions": []}]},
+            "policy 'p': interventions: must not be empty",
+        ),
     ],
 )
 def test_a_bad_config_stops_the_launch_and_names_the_fault(tiny_world, tmp_path, change, message):

@@ -1,7 +1,6 @@
 """Whole answers are judged, and the statistics behind every reported number hold."""
 
 import pytest
-
 from steerscope.demo.scoring import Outcome, auroc, classify, wilson
 from steerscope.demo.world import Question, questions, side_questions
 

@@ -5,7 +5,6 @@ import random
 import re
 
 import pytest
-
 from steerscope.demo import names
 from steerscope.demo.entities import entities, pool_of, unknown_name
 from steerscope.demo.phrasings import LANGUAGES, Attribute, Language, phrasings_of
@@ -124,7 +123,7 @@ def test_bad_arguments_are_refused_by_name(arguments: tuple[object, ...], named:
 
 def test_the_names_command_prints_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Each line carries the question, the answer, the entity, the split and the language."""
-    code = names.main("--split unknown --language fr --count 3 --seed 9".split())
+    code = names.main(["--split", "unknown", "--language", "fr", "--count", "3", "--seed", "9"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert code == 0
     assert len(lines) == 3

@@ -8,11 +8,15 @@ of a site, E edits made. Tokens of request r are ``query_start_loc[r]`` to
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 FRAME_VERSION = 1
+MAX_POSITION = 1 << 24
+"""Positions from here on are taken for damage; no served context is that long."""
 
 
 class RequestStart(msgspec.Struct, frozen=True, array_like=True):
@@ -91,16 +95,29 @@ def decode(payload: bytes) -> Frame:
         frame.request_ids
     ):
         raise msgspec.ValidationError("request_ids, query_start_loc and positions disagree")
+    starts = (0, *frame.query_start_loc)
+    if frame.query_start_loc[0] != 0 or any(a > b for a, b in pairwise(starts)):
+        raise msgspec.ValidationError("query_start_loc does not ascend from 0")
+    if any(not 0 <= position < MAX_POSITION for position in frame.positions):
+        raise msgspec.ValidationError("positions are out of range")
+    if any(not 0 <= start.first_position < MAX_POSITION for start in frame.started):
+        raise msgspec.ValidationError("started: first_position is out of range")
     num_tokens = frame.query_start_loc[-1]
     for site in frame.sites:
+        if site.num_features < 1:
+            raise msgspec.ValidationError(f"{site.site}: num_features is not positive")
         if len(site.acts) != 4 * num_tokens * site.num_features:
             raise msgspec.ValidationError(f"{site.site}: acts is not [T, F]")
-        num_edits = len(site.edit_tokens) // 4
+        num_edits, rest = divmod(len(site.edit_tokens), 4)
         if (
-            len(site.edit_deltas) != 4 * num_edits * site.num_features
+            rest
+            or len(site.edit_deltas) != 4 * num_edits * site.num_features
             or len(site.edit_doses) != 4 * num_edits
         ):
             raise msgspec.ValidationError(f"{site.site}: edits are not [E, F]")
+        rows = np.frombuffer(site.edit_tokens, np.int32)
+        if num_edits and not 0 <= rows.min() <= rows.max() < num_tokens:
+            raise msgspec.ValidationError(f"{site.site}: edit_tokens are not rows of the frame")
     return frame
 
 

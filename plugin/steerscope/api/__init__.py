@@ -1,0 +1,1 @@
+"""The gRPC API, as generated; one package for each version."""

@@ -1,0 +1,214 @@
+"""The demo's catalog as plain records, and the two files they are written to."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steerscope.demo.interventions import Activation, Feature, Intervention, When
+
+SCHEMA: Final = "steerscope.catalog/v1"
+_FINGERPRINTED: Final = "model.norm.weight"
+Evidence = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogFeature:
+    """A feature with what a reader of the catalog must know about it."""
+
+    feature: Feature
+    label: str
+    description: str
+    kind: str
+    """sae_latent, direction or probe."""
+    source: Mapping[str, str]
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One feature's reduced activation in a signal."""
+
+    feature: str
+    reduce: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A probability: sigmoid(bias + sum of weight * reduced activation)."""
+
+    name: str
+    description: str
+    terms: tuple[Term, ...]
+    bias: float
+    evidence: Evidence = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One named intervention on the prompt's tokens."""
+
+    name: str
+    description: str
+    intervention: Intervention
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Everything the catalog folder says."""
+
+    features: tuple[CatalogFeature, ...]
+    signals: tuple[Signal, ...]
+    policies: tuple[Policy, ...]
+
+    def policy(self, name: str) -> Intervention:
+        """Return the intervention of a policy."""
+        return next(p.intervention for p in self.policies if p.name == name)
+
+
+def _fingerprint(model_dir: Path) -> dict[str, object]:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    weight = load_file(model_dir / "model.safetensors")[_FINGERPRINTED]
+    raw = weight.contiguous().numpy().astype("<f4").tobytes()
+    return {
+        "architecture": config["architectures"][0],
+        "hidden_size": config["hidden_size"],
+        "num_hidden_layers": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
+        "tokenizer_sha256": hashlib.sha256((model_dir / "tokenizer.json").read_bytes()).hexdigest(),
+        "weights": {_FINGERPRINTED: hashlib.sha256(raw).hexdigest()},
+    }
+
+
+def _feature_entry(entry: CatalogFeature) -> dict[str, object]:
+    return {
+        "name": entry.feature.name,
+        "label": entry.label,
+        "description": entry.description,
+        "kind": entry.kind,
+        "site": "resid_post",
+        "layer": entry.feature.layer,
+        "activation": entry.feature.activation.value,
+        "source": dict(entry.source),
+        "evidence": dict(entry.evidence),
+    }
+
+
+def _signal_entry(signal: Signal) -> dict[str, object]:
+    return {
+        "name": signal.name,
+        "description": signal.description,
+        "terms": [
+            {"feature": t.feature, "reduce": t.reduce, "weight": round(t.weight, 6)}
+            for t in signal.terms
+        ],
+        "bias": round(signal.bias, 6),
+        "labels": [
+            {"label": "low", "below": 0.3},
+            {"label": "elevated", "below": 0.7},
+            {"label": "high"},
+        ],
+        "evidence": dict(signal.evidence),
+    }
+
+
+def _policy_entry(policy: Policy) -> dict[str, object]:
+    edit = policy.intervention
+    assert edit.low == edit.high, "the demo's policies are clamps"
+    entry: dict[str, object] = {"feature": edit.feature.name}
+    entry |= {"ablate": True} if edit.low == 0 else {"clamp": round(edit.low, 4)}
+    if edit.only_if_active:
+        entry["only_if_active"] = True
+    if edit.when is not None:
+        entry["when"] = {"feature": edit.when.feature.name, "above": round(edit.when.above, 4)}
+    entry["phase"] = edit.phase
+    return {"name": policy.name, "description": policy.description, "interventions": [entry]}
+
+
+def _tensors(features: Sequence[CatalogFeature]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for feature in (entry.feature for entry in features):
+        tensors[f"{feature.name}.W_enc"] = feature.W_enc.clone()
+        tensors[f"{feature.name}.b_enc"] = torch.tensor([feature.b_enc])
+        if feature.activation is Activation.JUMPRELU:
+            tensors[f"{feature.name}.threshold"] = torch.tensor([feature.threshold])
+        if feature.W_dec is not None:
+            tensors[f"{feature.name}.W_dec"] = feature.W_dec.clone()
+    return tensors
+
+
+def write_catalog(catalog: Catalog, folder: Path, model_dir: Path) -> None:
+    """Write both files; the fingerprint is taken from the model folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = {
+        "schema": SCHEMA,
+        "name": "steerscope-demo",
+        "version": "1",
+        "description": "Features of the embedded demo model: a tiny Llama that knows some invented persons, "
+        "declines names it does not know, and can be made to confabulate.",
+        "model": _fingerprint(model_dir),
+        "features": [_feature_entry(entry) for entry in catalog.features],
+        "signals": [_signal_entry(signal) for signal in catalog.signals],
+        "policies": [_policy_entry(policy) for policy in catalog.policies],
+    }
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    (folder / "catalog.yaml").write_text(text, encoding="utf-8")
+    save_file(_tensors(catalog.features), folder / "features.safetensors")
+
+
+def _read_feature(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CatalogFeature:
+    name = entry["name"]
+    threshold = tensors.get(f"{name}.threshold")
+    feature = Feature(
+        name=name,
+        layer=entry["layer"],
+        W_enc=tensors[f"{name}.W_enc"],
+        b_enc=float(tensors[f"{name}.b_enc"]),
+        activation=Activation(entry["activation"]),
+        threshold=0.0 if threshold is None else float(threshold),
+        W_dec=tensors.get(f"{name}.W_dec"),
+    )
+    words = {key: entry[key] for key in ("label", "description", "kind", "source", "evidence")}
+    return CatalogFeature(feature, **words)
+
+
+def _read_policy(entry: Mapping[str, Any], features: Mapping[str, Feature]) -> Policy:
+    edit = entry["interventions"][0]
+    value = 0.0 if edit.get("ablate") else edit["clamp"]
+    when = edit.get("when")
+    intervention = Intervention(
+        features[edit["feature"]],
+        low=value,
+        high=value,
+        only_if_active=edit.get("only_if_active", False),
+        when=When(features[when["feature"]], when["above"]) if when else None,
+        phase=edit["phase"],
+    )
+    return Policy(entry["name"], entry["description"], intervention)
+
+
+def read_catalog(folder: Path) -> Catalog:
+    """Read what `write_catalog` wrote."""
+    tree = yaml.safe_load((folder / "catalog.yaml").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "features.safetensors")
+    features = tuple(_read_feature(entry, tensors) for entry in tree["features"])
+    by_name = {entry.feature.name: entry.feature for entry in features}
+    signals = tuple(
+        Signal(
+            s["name"],
+            s["description"],
+            tuple(Term(**t) for t in s["terms"]),
+            s["bias"],
+            s["evidence"],
+        )
+        for s in tree["signals"]
+    )
+    return Catalog(features, signals, tuple(_read_policy(p, by_name) for p in tree["policies"]))

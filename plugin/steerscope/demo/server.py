@@ -1,0 +1,166 @@
+"""The embedded model behind a real vLLM server, on free ports, for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from steerscope.cli import serve
+from steerscope.config import CONFIG_ENV
+from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
+from steerscope.errors import HubError
+
+MODEL_NAME: Final = "steerscope-demo"
+
+SETTINGS: Final[Mapping[str, str]] = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+"""Environment of the demo server: a small KV cache, no phoning home."""
+
+START_TIMEOUT_SECONDS: Final = 300.0
+STOP_TIMEOUT_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoServer:
+    """Where a running server is reached."""
+
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def base_url(self) -> str:
+        """vLLM's root, without the API version."""
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        """The hub's control plane."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """The hub's Prometheus page."""
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+    def metrics(self) -> str:
+        """The page's text."""
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+            text: str = response.read().decode()
+        return text
+
+    def vllm_config(self) -> dict[str, Any]:
+        """VLLM's own account of its config (needs VLLM_SERVER_DEV_MODE)."""
+        url = f"{self.base_url}/server_info?config_format=json"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            info: dict[str, Any] = json.load(response)
+        config: dict[str, Any] = info["vllm_config"]
+        return config
+
+
+def vllm_arguments(port: int) -> list[str]:
+    """What vLLM is started with: nothing but the model, its address and its precision."""
+    return [
+        *("--model", str(MODEL_DIR)),
+        *("--served-model-name", MODEL_NAME),
+        *("--dtype", "float32"),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port)),
+    ]
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path,
+    *,
+    extra_arguments: tuple[str, ...] = (),
+    with_steerscope: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[DemoServer]:
+    """Start the server with its logs in ``folder``, wait until it answers, stop it at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    http_port, grpc_port, metrics_port = free_ports(3)
+    config = _write_config(folder / "steerscope.yaml", grpc_port, metrics_port)
+    variables = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1", **(environment or {})}
+    variables.pop(CONFIG_ENV, None)
+    if with_steerscope:
+        variables[CONFIG_ENV] = str(config)
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            serve.command([*vllm_arguments(http_port), *extra_arguments]),
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    server = DemoServer(http_port, grpc_port, metrics_port, process, log)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        _stop(process)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on right now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _write_config(path: Path, grpc_port: int, metrics_port: int) -> Path:
+    tree = {
+        "catalog": str(CATALOG_DIR),
+        "hub": {
+            "grpc_address": f"127.0.0.1:{grpc_port}",
+            "http_address": f"127.0.0.1:{metrics_port}",
+        },
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _wait(server: DemoServer) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            tail = server.log.read_text(errors="replace")[-3000:]
+            raise HubError(f"the server ended with code {server.process.returncode}:\n{tail}")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{server.base_url}/health", timeout=2).close()
+            return
+        time.sleep(0.5)
+    raise HubError(f"the server did not answer in {START_TIMEOUT_SECONDS:.0f} s; see {server.log}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and the children of its session."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

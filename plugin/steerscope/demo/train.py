@@ -1,0 +1,102 @@
+"""`python -m steerscope.demo.train`: make the model and its catalog again, on one core.
+
+Deterministic by seed on one machine; another CPU may round differently and give another, equally
+good model.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+from steerscope.demo.batches import StreamSettings
+from steerscope.demo.catalog import Catalog, write_catalog
+from steerscope.demo.evaluate import REPORT_SEED, Bench, evaluate, printed
+from steerscope.demo.model import ModelSize
+from steerscope.demo.paths import ARTIFACTS_DIR
+from steerscope.demo.populations import reporting
+from steerscope.demo.study import study, with_evidence
+from steerscope.demo.tokenizer import build_tokenizer, save_tokenizer
+from steerscope.demo.training import TrainingSettings, train_model
+
+DEFAULT_STEPS: Final = 2000
+
+
+def train(
+    tokenizer: Tokenizer, model_dir: Path, steps: int, seed: int, console: Console
+) -> LlamaForCausalLM:
+    """Train the model behind a progress bar and save it as stock Llama files."""
+    settings = TrainingSettings(StreamSettings(num_steps=steps), seed=seed)
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} answer loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=steps, loss=0.0)
+        model = train_model(
+            tokenizer,
+            ModelSize(),
+            settings,
+            lambda step, loss: bar.update(task, completed=step, loss=loss),
+        )
+    model.save_pretrained(model_dir)
+    save_tokenizer(tokenizer, model_dir)
+    return model
+
+
+def catalogue(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, seed: int, console: Console
+) -> None:
+    """Study the model, write its catalog, judge the files, and add the evidence to them."""
+    model_dir, catalog_dir = out / "model", out / "catalog"
+    catalog = study(model, tokenizer, seed, console.print)
+    write_catalog(catalog, catalog_dir, model_dir)
+    report = evaluate(model_dir, catalog_dir)
+    printed(report, console)
+    write_catalog(_judged(catalog, report, model_dir), catalog_dir, model_dir)
+    text = json.dumps(report, indent=1)
+    (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _judged(catalog: Catalog, report: dict[str, object], model_dir: Path) -> Catalog:
+    bench = Bench(model_dir, catalog)
+    asked = reporting(REPORT_SEED)
+    answers = bench.answer([*asked.known, *asked.side], capture=True)
+    return with_evidence(catalog, report, answers)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, study, evaluate and write everything into one folder."""
+    parser = argparse.ArgumentParser(prog="python -m steerscope.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ARTIFACTS_DIR, help="default: the artifacts")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-model", action="store_true", help="study the model already there")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    console, started = Console(), time.monotonic()
+    tokenizer = build_tokenizer()
+    if args.keep_model:
+        model = LlamaForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32).eval()
+    else:
+        model = train(tokenizer, args.out / "model", args.steps, args.seed, console)
+        console.print(f"trained in {time.monotonic() - started:.0f} s")
+    catalogue(model, tokenizer, args.out, args.seed, console)
+    console.print(f"finished in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Every metric Steerscope has: name, unit, help, labels and buckets, and nowhere else."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from steerscope.catalog.model import Signal
+from steerscope.telemetry.totals import Bounds
+
+
+class Kind(enum.StrEnum):
+    """What an instrument is."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """One metric. ``unit`` is UCUM, as OpenTelemetry has it; the name is Prometheus's."""
+
+    name: str
+    kind: Kind
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+ENGINE = ("model_name", "engine")
+"""Labels of whatever comes from an engine; vLLM's own names for them."""
+
+SIGNAL_SCORE = Instrument(
+    "steerscope_signal_score_ratio",
+    Kind.HISTOGRAM,
+    "1",
+    "Score of each signal, once for each finished sequence whose tokens were all observed.",
+    (*ENGINE, "signal"),
+)
+SIGNAL_REQUESTS = Instrument(
+    "steerscope_signal_requests_total",
+    Kind.COUNTER,
+    "{request}",
+    "Finished sequences by the label of each signal; 'unobserved' when it has no score.",
+    (*ENGINE, "signal", "label"),
+)
+FEATURE_ACTIVATION = Instrument(
+    "steerscope_feature_activation",
+    Kind.HISTOGRAM,
+    "1",
+    "Activation of each feature at each observed token; the sum adds positive parts only.",
+    (*ENGINE, "feature", "phase"),
+)
+FEATURE_ACTIVE_TOKENS = Instrument(
+    "steerscope_feature_active_tokens_total",
+    Kind.COUNTER,
+    "{token}",
+    "Observed tokens at which the feature was above zero.",
+    (*ENGINE, "feature", "phase"),
+)
+OBSERVED_TOKENS = Instrument(
+    "steerscope_observed_tokens_total",
+    Kind.COUNTER,
+    "{token}",
+    "Tokens observed at every site, each position of a sequence once.",
+    (*ENGINE, "phase"),
+)
+UNOBSERVED_TOKENS = Instrument(
+    "steerscope_unobserved_tokens_total",
+    Kind.COUNTER,
+    "{token}",
+    "Tokens that could not be observed or attributed.",
+    (*ENGINE, "reason"),
+)
+STEERING_REQUESTS = Instrument(
+    "steerscope_steering_requests_total",
+    Kind.COUNTER,
+    "{request}",
+    "Requests that asked for steering: admitted or rejected by a front end, applied by an "
+    "engine (each sequence once).",
+    (*ENGINE, "policy", "outcome"),
+)
+STEERED_TOKENS = Instrument(
+    "steerscope_steered_tokens_total",
+    Kind.COUNTER,
+    "{token}",
+    "Tokens at which steering changed the feature.",
+    (*ENGINE, "feature", "op"),
+)
+STEERING_DOSE = Instrument(
+    "steerscope_steering_dose_ratio",
+    Kind.HISTOGRAM,
+    "1",
+    "Norm of the change over the norm of the residual, for each changed token and site.",
+    ENGINE,
+)
+FRAMES = Instrument(
+    "steerscope_frames_total",
+    Kind.COUNTER,
+    "{frame}",
+    "Frames received from workers.",
+    ENGINE,
+)
+FRAMES_DROPPED = Instrument(
+    "steerscope_frames_dropped_total",
+    Kind.COUNTER,
+    "{frame}",
+    "Frames whose contents never counted: not sent by the worker, or refused by the hub.",
+    (*ENGINE, "reason"),
+)
+READOUT_LAG = Instrument(
+    "steerscope_readout_lag_seconds",
+    Kind.HISTOGRAM,
+    "s",
+    "Time from the readout of a step to its arrival at the hub.",
+    ENGINE,
+)
+STEP_OVERHEAD = Instrument(
+    "steerscope_step_overhead_seconds",
+    Kind.HISTOGRAM,
+    "s",
+    "Host time that Steerscope spent in a step.",
+    ENGINE,
+)
+PROPAGATION_TIMEOUTS = Instrument(
+    "steerscope_policy_propagation_timeouts_total",
+    Kind.COUNTER,
+    "{timeout}",
+    "Policy changes that a live front end did not confirm in time.",
+)
+BUILD_INFO = Instrument(
+    "steerscope_build_info",
+    Kind.GAUGE,
+    "1",
+    "Always 1; the labels say which version serves which catalog.",
+    ("version", "catalog", "catalog_version", "catalog_digest"),
+)
+
+INSTRUMENTS = (
+    SIGNAL_SCORE,
+    SIGNAL_REQUESTS,
+    FEATURE_ACTIVATION,
+    FEATURE_ACTIVE_TOKENS,
+    OBSERVED_TOKENS,
+    UNOBSERVED_TOKENS,
+    STEERING_REQUESTS,
+    STEERED_TOKENS,
+    STEERING_DOSE,
+    FRAMES,
+    FRAMES_DROPPED,
+    READOUT_LAG,
+    STEP_OVERHEAD,
+    PROPAGATION_TIMEOUTS,
+    BUILD_INFO,
+)
+
+ACTIVATION_BOUNDS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+SCORE_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+DOSE_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
+LAG_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+OVERHEAD_BOUNDS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1)
+
+
+def bounds_for(signals: Iterable[Signal]) -> Bounds:
+    """All bucket bounds; scores get those of every label too, so that alerts can sit on them."""
+    below = {label.below for signal in signals for label in signal.labels}
+    labels = {bound for bound in below if bound is not None and 0.0 < bound < 1.0}
+    return Bounds(
+        activation=ACTIVATION_BOUNDS,
+        score=tuple(sorted({*SCORE_BOUNDS, *labels})),
+        dose=DOSE_BOUNDS,
+        lag=LAG_BOUNDS,
+        overhead=OVERHEAD_BOUNDS,
+    )

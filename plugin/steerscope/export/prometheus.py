@@ -1,0 +1,187 @@
+"""The Prometheus exporter: a collector that reads the totals when it is scraped.
+
+Series of a known engine are there from its first frame on, at zero, for everything that
+the catalog declares: rules never see an absent series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from steerscope import __version__
+from steerscope.catalog.store import Catalog
+from steerscope.export import instruments as names
+from steerscope.export.instruments import Instrument
+from steerscope.steering.interventions import Op
+from steerscope.telemetry.histograms import HistogramArray
+from steerscope.telemetry.signals import UNOBSERVED_LABEL
+from steerscope.telemetry.totals import PHASES, EngineTotals, FrameLoss, HubTotals, Outcome
+from steerscope.telemetry.tracks import EngineKey, Unobserved
+
+Labels = tuple[str, ...]
+NO_ENGINE: Labels = ("", "")
+"""Empty label values, which Prometheus takes for absent labels."""
+
+UNOBSERVED_REASONS = tuple(r for r in Unobserved if r is not Unobserved.OVER_LIMIT)
+
+
+class Totals(Protocol):
+    """Where the engines' totals are found."""
+
+    @property
+    def engines(self) -> Mapping[EngineKey, EngineTotals]:
+        """The totals of each engine heard of so far."""
+
+
+class HubCollector(Collector):
+    """Turns totals into metric families. ``policies`` names the policies in force."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        totals: Totals,
+        hub: HubTotals,
+        policies: Callable[[], Iterable[str]],
+    ) -> None:
+        self._catalog = catalog
+        self._totals = totals
+        self._hub = hub
+        self._policies = policies
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family, also those without a sample yet."""
+        engines = [((k.model_name, k.engine), t) for k, t in self._totals.engines.items()]
+        yield from _signals(engines)
+        yield from _features(engines)
+        yield from _tokens(engines)
+        yield self._steering_requests(engines)
+        yield from _steering(engines)
+        yield from self._frames(engines)
+        yield _counter(names.PROPAGATION_TIMEOUTS, [((), self._hub.propagation_timeouts)])
+        yield self._build_info()
+
+    def _steering_requests(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Metric:
+        policies = list(self._policies())
+        front_end = (Outcome.ADMITTED, Outcome.REJECTED)
+        samples = [
+            ((*NO_ENGINE, policy, outcome), self._hub.outcomes[policy, outcome])
+            for policy in policies
+            for outcome in front_end
+        ]
+        samples += [
+            ((*engine, policy, Outcome.APPLIED), totals.applied[policy])
+            for engine, totals in engines
+            for policy in policies
+        ]
+        return _counter(names.STEERING_REQUESTS, samples)
+
+    def _frames(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+        yield _counter(names.FRAMES, [(engine, totals.frames) for engine, totals in engines])
+        lost = [
+            ((*NO_ENGINE, reason), self._hub.frames_lost[reason])
+            for reason in (FrameLoss.MALFORMED, FrameLoss.TOO_MANY_ENGINES)
+        ]
+        lost += [
+            ((*engine, reason), totals.frames_lost[reason])
+            for engine, totals in engines
+            for reason in (FrameLoss.NOT_SENT, FrameLoss.CATALOG_MISMATCH)
+        ]
+        yield _counter(names.FRAMES_DROPPED, lost)
+        lag, overhead = _family(names.READOUT_LAG), _family(names.STEP_OVERHEAD)
+        for engine, totals in engines:
+            _add_histogram(lag, engine, totals.lag, 0)
+            _add_histogram(overhead, engine, totals.overhead, 0)
+        yield lag
+        yield overhead
+
+    def _build_info(self) -> Metric:
+        document = self._catalog.document
+        instrument = names.BUILD_INFO
+        family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+        labels = (__version__, document.name, document.version, self._catalog.digest)
+        family.add_metric(labels, 1)
+        return family
+
+
+def _signals(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+    scores = _family(names.SIGNAL_SCORE)
+    labelled = []
+    for engine, totals in engines:
+        for series, signal in enumerate(totals.signals):
+            _add_histogram(scores, (*engine, signal.name), totals.score, series)
+            for label in (*(band.label for band in signal.labels), UNOBSERVED_LABEL):
+                count = totals.labels[signal.name, label]
+                labelled.append(((*engine, signal.name, label), count))
+    yield scores
+    yield _counter(names.SIGNAL_REQUESTS, labelled)
+
+
+def _features(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+    activation = _family(names.FEATURE_ACTIVATION)
+    active = []
+    for engine, totals in engines:
+        for column, feature in enumerate(totals.columns.features):
+            for phase, name in enumerate(PHASES):
+                labels = (*engine, feature, name)
+                _add_histogram(activation, labels, totals.activation, 2 * column + phase)
+                active.append((labels, int(totals.active[column, phase])))
+    yield activation
+    yield _counter(names.FEATURE_ACTIVE_TOKENS, active)
+
+
+def _tokens(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+    observed = [
+        ((*engine, name), int(totals.observed[phase]))
+        for engine, totals in engines
+        for phase, name in enumerate(PHASES)
+    ]
+    unobserved = [
+        ((*engine, reason), totals.unobserved[reason])
+        for engine, totals in engines
+        for reason in UNOBSERVED_REASONS
+    ]
+    yield _counter(names.OBSERVED_TOKENS, observed)
+    yield _counter(names.UNOBSERVED_TOKENS, unobserved)
+
+
+def _steering(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+    dose = _family(names.STEERING_DOSE)
+    steered = []
+    for engine, totals in engines:
+        _add_histogram(dose, engine, totals.dose, 0)
+        for column, feature in enumerate(totals.columns.features):
+            if totals.columns.steerable[column]:
+                for i, op in enumerate(Op):
+                    steered.append(((*engine, feature, op), int(totals.steered[column, i])))
+    yield _counter(names.STEERED_TOKENS, steered)
+    yield dose
+
+
+def _counter(instrument: Instrument, samples: Iterable[tuple[Labels, int]]) -> Metric:
+    family = CounterMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+    for labels, value in samples:
+        family.add_metric(labels, value)
+    return family
+
+
+def _family(instrument: Instrument) -> HistogramMetricFamily:
+    return HistogramMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+
+
+def _add_histogram(
+    family: HistogramMetricFamily, labels: Labels, histogram: HistogramArray, series: int
+) -> None:
+    bounds = [*map(floatToGoString, histogram.bounds.tolist()), "+Inf"]
+    cumulative = histogram.counts[series].cumsum().tolist()
+    buckets = list(zip(bounds, cumulative, strict=True))
+    family.add_metric(labels, buckets, float(histogram.sums[series]))

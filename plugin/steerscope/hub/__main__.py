@@ -1,0 +1,52 @@
+"""``python -m steerscope.hub --endpoint DIR --parent-pid N``: the hub as a process.
+
+Settings come as one JSON tree on stdin. One JSON line goes to stdout when the hub
+serves, or when it cannot; logs go to stderr. It ends on SIGTERM or when its parent does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from steerscope import config
+from steerscope.errors import SteerscopeError
+from steerscope.hub.server import Hub, run_until_orphaned
+
+
+def main() -> int:
+    """Serve until told to stop; 1 when the hub could not start."""
+    parser = argparse.ArgumentParser(prog="steerscope.hub", description=__doc__)
+    parser.add_argument("--endpoint", required=True, help="folder for the sockets")
+    parser.add_argument("--parent-pid", type=int, required=True, help="end when it is gone")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s steerscope.hub: %(message)s")
+    try:
+        settings = config.from_tree(json.load(sys.stdin), base=Path.cwd(), where="hub settings")
+        asyncio.run(_serve(settings, arguments.endpoint, arguments.parent_pid))
+    except (SteerscopeError, ValueError) as error:
+        _tell({"ready": False, "error": str(error)})
+        return 1
+    return 0
+
+
+async def _serve(settings: config.Settings, endpoint: str, parent_pid: int) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with Hub(settings, endpoint).serving() as ports:
+        _tell({"ready": True, "grpc_port": ports.grpc, "http_port": ports.http})
+        await run_until_orphaned(parent_pid, stopping)
+
+
+def _tell(line: dict[str, object]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The hub's side of the control wire: greets front ends, pushes policies, awaits their acks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from steerscope.hub.policies import PolicyStore
+from steerscope.hub.protocol import (
+    PROTOCOL_VERSION,
+    Ack,
+    Admitted,
+    FromFrontend,
+    FromHub,
+    Goodbye,
+    Hello,
+    Policies,
+    Refused,
+    Rejected,
+    control_address,
+)
+from steerscope.telemetry.totals import HubTotals, Outcome
+
+ACK_TIMEOUT_SECONDS = 2.0
+SILENT_AFTER_SECONDS = 10.0
+"""A front end greets every second; one that did not for so long is not waited for."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _FrontEnd:
+    pid: int
+    acked: int
+    heard_at: float
+
+    @property
+    def is_live(self) -> bool:
+        return time.monotonic() - self.heard_at < SILENT_AFTER_SECONDS and _exists(self.pid)
+
+
+class ControlPlane:
+    """Owns the ROUTER socket. One per hub, on the hub's loop."""
+
+    def __init__(
+        self, endpoint: str, catalog_digest: str, store: PolicyStore, totals: HubTotals
+    ) -> None:
+        self._catalog_digest = catalog_digest
+        self._store = store
+        self._totals = totals
+        self._front_ends: dict[bytes, _FrontEnd] = {}
+        self._acked = asyncio.Condition()
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(control_address(endpoint))
+
+    async def run(self) -> None:
+        """Serve until cancelled; a message that cannot be read is logged and dropped."""
+        while True:
+            identity, payload = await self._socket.recv_multipart()
+            try:
+                message = msgspec.msgpack.decode(payload, type=FromFrontend)
+            except msgspec.MsgspecError as error:
+                _log.warning("malformed message from a front end: %s", error)
+                continue
+            await self._take(identity, message)
+
+    async def publish(self) -> bool:
+        """Push the policies; whether every live front end acked them in time."""
+        for identity in self._front_ends:
+            await self._push(identity)
+        async with self._acked:
+            try:
+                async with asyncio.timeout(ACK_TIMEOUT_SECONDS):
+                    await self._acked.wait_for(self._all_acked)
+            except TimeoutError:
+                self._totals.propagation_timeouts += 1
+                _log.warning("a front end did not ack revision %d", self._store.revision)
+                return False
+        return True
+
+    def close(self) -> None:
+        """Free the socket."""
+        self._socket.close()
+
+    def _all_acked(self) -> bool:
+        return all(
+            front_end.acked >= self._store.revision
+            for front_end in self._front_ends.values()
+            if front_end.is_live
+        )
+
+    async def _take(self, identity: bytes, message: FromFrontend) -> None:
+        match message:
+            case Hello():
+                await self._greet(identity, message)
+            case Ack(revision):
+                async with self._acked:
+                    if (front_end := self._front_ends.get(identity)) is not None:
+                        front_end.acked = max(front_end.acked, revision)
+                    self._acked.notify_all()
+            case Admitted(policy=policy):
+                self._totals.outcomes[self._store.label(policy), Outcome.ADMITTED] += 1
+            case Rejected(policy=policy):
+                self._totals.outcomes[self._store.label(policy), Outcome.REJECTED] += 1
+            case Goodbye():
+                self._front_ends.pop(identity, None)
+
+    async def _greet(self, identity: bytes, hello: Hello) -> None:
+        if reason := self._refusal(hello):
+            await self._send(identity, Refused(reason))
+            return
+        known = self._front_ends.get(identity)
+        if known is None:
+            self._front_ends[identity] = _FrontEnd(hello.pid, 0, time.monotonic())
+        else:
+            known.heard_at = time.monotonic()
+        if known is None or known.acked < self._store.revision:
+            await self._push(identity)
+
+    def _refusal(self, hello: Hello) -> str | None:
+        if hello.version != PROTOCOL_VERSION:
+            return f"it speaks protocol {hello.version}, the hub {PROTOCOL_VERSION}"
+        if hello.catalog_digest != self._catalog_digest:
+            return f"its catalog is {hello.catalog_digest}, the hub's {self._catalog_digest}"
+        return None
+
+    async def _push(self, identity: bytes) -> None:
+        policies = tuple(stored.policy for stored in self._store.all())
+        await self._send(identity, Policies(self._store.revision, policies))
+
+    async def _send(self, identity: bytes, message: FromHub) -> None:
+        with contextlib.suppress(zmq.ZMQError):
+            await self._socket.send_multipart([identity, msgspec.msgpack.encode(message)])
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,213 @@
+"""Between protobuf messages and our own types; protobuf stays at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steerscope import __version__
+from steerscope.api.v1 import catalog_pb2, steering_pb2, telemetry_pb2
+from steerscope.catalog.model import Activation, Feature, FeatureKind, Signal, Site
+from steerscope.catalog.store import Catalog
+from steerscope.hub.policies import Origin, StoredPolicy
+from steerscope.steering.interventions import Intervention, Op, Phase, When
+from steerscope.telemetry.tracks import RequestTrack, Unobserved
+
+_KINDS = {
+    FeatureKind.SAE_LATENT: catalog_pb2.FEATURE_KIND_SAE_LATENT,
+    FeatureKind.TRANSCODER_LATENT: catalog_pb2.FEATURE_KIND_TRANSCODER_LATENT,
+    FeatureKind.DIRECTION: catalog_pb2.FEATURE_KIND_DIRECTION,
+    FeatureKind.PROBE: catalog_pb2.FEATURE_KIND_PROBE,
+}
+_SITES = {Site.RESID_POST: catalog_pb2.SITE_RESID_POST}
+_ACTIVATIONS = {
+    Activation.RELU: catalog_pb2.ACTIVATION_RELU,
+    Activation.JUMPRELU: catalog_pb2.ACTIVATION_JUMPRELU,
+    Activation.IDENTITY: catalog_pb2.ACTIVATION_IDENTITY,
+}
+_PHASES = {
+    steering_pb2.PHASE_UNSPECIFIED: Phase.ALL,
+    steering_pb2.PHASE_PROMPT: Phase.PROMPT,
+    steering_pb2.PHASE_GENERATION: Phase.GENERATION,
+    steering_pb2.PHASE_ALL: Phase.ALL,
+}
+_PHASE_NUMBERS = {phase: number for number, phase in _PHASES.items()}
+_ORIGINS = {
+    Origin.CATALOG: steering_pb2.POLICY_ORIGIN_CATALOG,
+    Origin.CONFIG: steering_pb2.POLICY_ORIGIN_CONFIG,
+    Origin.CREATED: steering_pb2.POLICY_ORIGIN_CREATED,
+}
+_REASONS = {
+    Unobserved.PREFIX_CACHE: telemetry_pb2.UNOBSERVED_REASON_PREFIX_CACHE,
+    Unobserved.DROPPED_FRAME: telemetry_pb2.UNOBSERVED_REASON_DROPPED_FRAME,
+    Unobserved.OVER_LIMIT: telemetry_pb2.UNOBSERVED_REASON_OVER_LIMIT,
+    Unobserved.NOT_FINITE: telemetry_pb2.UNOBSERVED_REASON_NOT_FINITE,
+}
+
+FEATURES = "features/"
+POLICIES = "policies/"
+REQUESTS = "requests/"
+
+
+def feature_message(catalog: Catalog, feature: Feature) -> catalog_pb2.Feature:
+    """A feature as the API shows it."""
+    return catalog_pb2.Feature(
+        name=FEATURES + feature.name,
+        kind=_KINDS[feature.kind],
+        site=_SITES[feature.site],
+        layer=feature.layer,
+        activation=_ACTIVATIONS[feature.activation],
+        label=feature.label,
+        description=feature.description,
+        steerable=catalog.vectors[feature.name].W_dec is not None,
+        source=feature.source,
+    )
+
+
+def signal_message(signal: Signal) -> catalog_pb2.Signal:
+    """A signal as the API shows it."""
+    return catalog_pb2.Signal(
+        name=signal.name,
+        description=signal.description,
+        terms=[
+            catalog_pb2.Term(feature=t.feature, reduction=t.reduce, weight=t.weight)
+            for t in signal.terms
+        ],
+        bias=signal.bias,
+        labels=[catalog_pb2.Label(label=b.label, below=b.below) for b in signal.labels],
+    )
+
+
+def catalog_message(catalog: Catalog) -> catalog_pb2.Catalog:
+    """The catalog without its features."""
+    document = catalog.document
+    return catalog_pb2.Catalog(
+        catalog=document.name,
+        version=document.version,
+        description=document.description,
+        digest=catalog.digest,
+        architecture=document.model.architecture,
+        num_features=len(document.features),
+        signals=[signal_message(signal) for signal in catalog.signals],
+    )
+
+
+def intervention(message: steering_pb2.Intervention) -> Intervention:
+    """An edit as asked; not yet checked."""
+    op = message.WhichOneof("op")
+    span = (message.span.start, message.span.end) if message.HasField("span") else None
+    return Intervention(
+        feature=message.feature.removeprefix(FEATURES),
+        phase=_PHASES.get(message.phase, Phase.ALL),
+        only_if_active=message.only_if_active,
+        when=_when(message.when) if message.HasField("when") else None,
+        span=span,
+        **({op: getattr(message, op)} if op else {}),
+    )
+
+
+def intervention_message(edit: Intervention) -> steering_pb2.Intervention:
+    """An edit as the API shows it."""
+    message = steering_pb2.Intervention(
+        feature=edit.feature,
+        phase=_PHASE_NUMBERS[edit.phase],
+        only_if_active=edit.only_if_active,
+    )
+    setattr(message, edit.op.value, True if edit.op is Op.ABLATE else edit.value)
+    if (when := edit.when) is not None:
+        message.when.CopyFrom(
+            steering_pb2.When(feature=when.feature, above=when.above, below=when.below)
+        )
+    if edit.span is not None:
+        message.span.CopyFrom(steering_pb2.Span(start=edit.span[0], end=edit.span[1]))
+    return message
+
+
+def policy_message(stored: StoredPolicy) -> steering_pb2.Policy:
+    """A policy as the API shows it."""
+    policy = stored.policy
+    return steering_pb2.Policy(
+        name=POLICIES + policy.name,
+        description=policy.description,
+        interventions=[intervention_message(edit) for edit in policy.interventions],
+        origin=_ORIGINS[stored.origin],
+        etag=stored.etag,
+        revision=policy.revision,
+    )
+
+
+def report_message(
+    external_id: str, tracks: Sequence[RequestTrack], catalog_digest: str, *, features: bool = True
+) -> telemetry_pb2.RequestReport:
+    """What is known of one request; the activations only if asked for."""
+    finished = all(track.finished for track in tracks)
+    return telemetry_pb2.RequestReport(
+        name=REQUESTS + external_id,
+        state=_state(finished),
+        completions=[_completion(track, features) for track in tracks],
+        catalog_digest=catalog_digest,
+        plugin_version=__version__,
+    )
+
+
+def _completion(track: RequestTrack, features: bool) -> telemetry_pb2.Completion:
+    message = telemetry_pb2.Completion(
+        request_id=track.start.request_id,
+        model_name=track.key.model_name,
+        engine=track.key.engine,
+        state=_state(track.finished),
+        policy=track.start.policy,
+        steering_digest=track.start.digest,
+        num_prompt_tokens=track.start.num_prompt_tokens,
+        num_observed_tokens=track.num_observed,
+        unobserved=[
+            telemetry_pb2.UnobservedTokens(reason=_REASONS[reason], num_tokens=count)
+            for reason, count in track.unobserved().items()
+        ],
+        complete=track.is_complete,
+        signals=[
+            telemetry_pb2.SignalScore(signal=s.signal, score=s.score, label=s.label)
+            for s in track.scores
+        ],
+    )
+    if track.start.policy:
+        message.steering.CopyFrom(_steering(track))
+    if features:
+        message.features.extend(_tracks(track))
+    return message
+
+
+def _steering(track: RequestTrack) -> telemetry_pb2.SteeringSummary:
+    steered = track.steered
+    any_steered = steered.num_tokens > 0
+    return telemetry_pb2.SteeringSummary(
+        num_tokens=steered.num_tokens,
+        first_position=steered.first_position if any_steered else None,
+        last_position=steered.last_position if any_steered else None,
+        dose_mean=steered.dose_mean,
+        dose_max=steered.dose_max,
+    )
+
+
+def _tracks(track: RequestTrack) -> list[telemetry_pb2.FeatureTrack]:
+    return [
+        telemetry_pb2.FeatureTrack(
+            feature=name,
+            first_position=first,
+            activations=acts.tolist(),
+            deltas=() if deltas is None else deltas.tolist(),
+        )
+        for name in track.columns.features
+        for first, acts, deltas in track.runs(name)
+    ]
+
+
+def _state(finished: bool) -> telemetry_pb2.RequestState.ValueType:
+    return telemetry_pb2.REQUEST_STATE_FINISHED if finished else telemetry_pb2.REQUEST_STATE_RUNNING
+
+
+def _when(message: steering_pb2.When) -> When:
+    return When(
+        feature=message.feature.removeprefix(FEATURES),
+        above=message.above if message.HasField("above") else None,
+        below=message.below if message.HasField("below") else None,
+    )

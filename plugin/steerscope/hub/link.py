@@ -1,0 +1,127 @@
+"""The front end's side of the control wire: policies in, admissions and refusals out.
+
+Used inside vLLM's front-end process (API server or ``LLM``). One daemon thread owns
+the socket; callers read a snapshot that is replaced, never changed, and drop events
+into a bounded queue. A hub that dies is not noticed by requests: the last snapshot
+stays in force, and the thread greets the hub again when it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import msgspec
+import zmq
+
+from steerscope.errors import HubError
+from steerscope.hub.protocol import (
+    PROTOCOL_VERSION,
+    Ack,
+    Admitted,
+    FromFrontend,
+    FromHub,
+    Goodbye,
+    Hello,
+    Policies,
+    Refused,
+    Rejected,
+    control_address,
+)
+from steerscope.steering.interventions import Policy
+
+START_TIMEOUT_SECONDS = 10.0
+HELLO_EVERY_SECONDS = 1.0
+POLL_MILLISECONDS = 20
+MAX_WAITING_EVENTS = 10_000
+
+_log = logging.getLogger(__name__)
+
+
+class FrontendLink:
+    """Connects one front end with the hub.
+
+    Args:
+        endpoint: folder of the hub's sockets.
+        catalog_digest: digest of the catalog this front end admits against.
+    """
+
+    def __init__(self, endpoint: str, catalog_digest: str) -> None:
+        self._endpoint = endpoint
+        self._hello = Hello(PROTOCOL_VERSION, catalog_digest, os.getpid())
+        self._policies: Mapping[str, Policy] = MappingProxyType({})
+        self._waiting: deque[FromFrontend] = deque(maxlen=MAX_WAITING_EVENTS)
+        self._answered = threading.Event()
+        self._closing = threading.Event()
+        self._refusal: str | None = None
+        self._thread = threading.Thread(target=self._run, name="steerscope-link", daemon=True)
+
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """The policies in force, by name; an immutable snapshot."""
+        return self._policies
+
+    def start(self, timeout: float = START_TIMEOUT_SECONDS) -> None:
+        """Connect, and wait for the first policies; raise ``HubError`` if none come."""
+        self._thread.start()
+        if not self._answered.wait(timeout):
+            raise HubError(f"the hub at {self._endpoint} did not answer in {timeout:.0f} s")
+        if self._refusal is not None:
+            raise HubError(f"the hub refused this front end: {self._refusal}")
+
+    def admitted(self, external_id: str, policy: str, digest: str) -> None:
+        """Tell of a request admitted with steering. Never blocks, never raises."""
+        self._waiting.append(Admitted(external_id, policy, digest))
+
+    def rejected(self, external_id: str, policy: str, field: str, reason: str) -> None:
+        """Tell of a request refused. Never blocks, never raises."""
+        self._waiting.append(Rejected(external_id, policy, field, reason))
+
+    def close(self) -> None:
+        """Say goodbye and stop the thread."""
+        self._closing.set()
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.connect(control_address(self._endpoint))
+        next_hello = 0.0
+        while not self._closing.is_set():
+            if time.monotonic() >= next_hello:
+                next_hello = time.monotonic() + HELLO_EVERY_SECONDS
+                _send(socket, self._hello)
+            while self._waiting:
+                _send(socket, self._waiting.popleft())
+            if socket.poll(POLL_MILLISECONDS):
+                self._receive(socket)
+        _send(socket, Goodbye())
+        socket.close()
+
+    def _receive(self, socket: zmq.Socket[bytes]) -> None:
+        try:
+            message = msgspec.msgpack.decode(socket.recv(), type=FromHub)
+        except msgspec.MsgspecError as error:
+            _log.error("steerscope: the hub sent something malformed: %s", error)
+            return
+        match message:
+            case Policies(revision, policies):
+                self._policies = MappingProxyType({policy.name: policy for policy in policies})
+                _send(socket, Ack(revision))
+            case Refused(reason):
+                self._refusal = reason
+                _log.error("steerscope: the hub refused this front end: %s", reason)
+        self._answered.set()
+
+
+def _send(socket: zmq.Socket[bytes], message: FromFrontend) -> None:
+    """Hand over without waiting; what the hub cannot take now is lost, and was only a count."""
+    try:
+        socket.send(msgspec.msgpack.encode(message), zmq.DONTWAIT)
+    except zmq.ZMQError:
+        _log.debug("steerscope: the hub takes no messages; one %s was lost", type(message).__name__)

@@ -1,0 +1,193 @@
+"""The gRPC services: thin, each method reads its request, asks, and answers.
+
+Run on the hub's loop; validation that names fields is done here, so that nothing
+malformed reaches the store or a front end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from steerscope.api.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    steering_pb2,
+    steering_pb2_grpc,
+    telemetry_pb2,
+    telemetry_pb2_grpc,
+)
+from steerscope.catalog.store import Catalog
+from steerscope.errors import SpecError
+from steerscope.hub.announcements import Announcements
+from steerscope.hub.control import ControlPlane
+from steerscope.hub.conversions import (
+    FEATURES,
+    POLICIES,
+    REQUESTS,
+    catalog_message,
+    feature_message,
+    intervention,
+    policy_message,
+    report_message,
+)
+from steerscope.hub.policies import Origin, PolicyStore, StoredPolicy
+from steerscope.hub.refusals import NotFoundError, page, plain_name, refusing
+from steerscope.steering.interventions import POLICY_NAME_PATTERN, Policy
+from steerscope.telemetry.requests import RequestLedger
+
+MAX_WAIT_SECONDS = 30.0
+MAX_DESCRIPTION_CHARACTERS = 4096
+
+
+class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
+    """What exists."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    @refusing
+    async def GetCatalog(
+        self, request: catalog_pb2.GetCatalogRequest, context: Any
+    ) -> catalog_pb2.GetCatalogResponse:
+        return catalog_pb2.GetCatalogResponse(catalog=catalog_message(self._catalog))
+
+    @refusing
+    async def GetFeature(
+        self, request: catalog_pb2.GetFeatureRequest, context: Any
+    ) -> catalog_pb2.GetFeatureResponse:
+        name = plain_name(request.name, FEATURES)
+        if name not in self._catalog.addresses:
+            raise NotFoundError(f"no feature {name[:80]!r} in the catalog")
+        feature = feature_message(self._catalog, self._catalog.feature(name))
+        return catalog_pb2.GetFeatureResponse(feature=feature)
+
+    @refusing
+    async def ListFeatures(
+        self, request: catalog_pb2.ListFeaturesRequest, context: Any
+    ) -> catalog_pb2.ListFeaturesResponse:
+        names, token = page(list(self._catalog.addresses), request.page_size, request.page_token)
+        found = [feature_message(self._catalog, self._catalog.feature(name)) for name in names]
+        return catalog_pb2.ListFeaturesResponse(features=found, next_page_token=token)
+
+
+class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
+    """What may be asked for by name."""
+
+    def __init__(self, catalog: Catalog, store: PolicyStore, control: ControlPlane) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._control = control
+
+    @refusing
+    async def CreatePolicy(
+        self, request: steering_pb2.CreatePolicyRequest, context: Any
+    ) -> steering_pb2.CreatePolicyResponse:
+        policy = self._policy(request)
+        self._store.check_free(policy.name)
+        if request.validate_only:
+            stored = StoredPolicy(policy, Origin.CREATED, "")
+        else:
+            stored = self._store.create(policy)
+            await self._control.publish()
+        return steering_pb2.CreatePolicyResponse(policy=policy_message(stored))
+
+    @refusing
+    async def GetPolicy(
+        self, request: steering_pb2.GetPolicyRequest, context: Any
+    ) -> steering_pb2.GetPolicyResponse:
+        return steering_pb2.GetPolicyResponse(policy=policy_message(self._stored(request.name)))
+
+    @refusing
+    async def ListPolicies(
+        self, request: steering_pb2.ListPoliciesRequest, context: Any
+    ) -> steering_pb2.ListPoliciesResponse:
+        stored = {each.policy.name: each for each in self._store.all()}
+        names, token = page(list(stored), request.page_size, request.page_token)
+        return steering_pb2.ListPoliciesResponse(
+            policies=[policy_message(stored[name]) for name in names], next_page_token=token
+        )
+
+    @refusing
+    async def DeletePolicy(
+        self, request: steering_pb2.DeletePolicyRequest, context: Any
+    ) -> steering_pb2.DeletePolicyResponse:
+        stored = self._stored(request.name)
+        self._store.delete(stored.policy.name, request.etag)
+        await self._control.publish()
+        return steering_pb2.DeletePolicyResponse()
+
+    def _stored(self, name: str) -> StoredPolicy:
+        plain = plain_name(name, POLICIES)
+        stored = self._store.get(plain)
+        if stored is None:
+            raise NotFoundError(f"no policy {plain[:80]!r}")
+        return stored
+
+    def _policy(self, request: steering_pb2.CreatePolicyRequest) -> Policy:
+        if not re.fullmatch(POLICY_NAME_PATTERN, request.policy_id):
+            raise SpecError("policy_id", f"must match {POLICY_NAME_PATTERN}")
+        if request.policy.name not in ("", POLICIES + request.policy_id):
+            raise SpecError("policy.name", f"must be {POLICIES}{request.policy_id} or empty")
+        if len(request.policy.description) > MAX_DESCRIPTION_CHARACTERS:
+            raise SpecError(
+                "policy.description", f"longer than {MAX_DESCRIPTION_CHARACTERS} characters"
+            )
+        policy = Policy(
+            name=request.policy_id,
+            interventions=tuple(map(intervention, request.policy.interventions)),
+            description=request.policy.description,
+        )
+        try:
+            self._catalog.check(policy.spec)
+        except SpecError as error:
+            raise error.under("policy") from None
+        return policy
+
+
+class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
+    """What was seen."""
+
+    def __init__(
+        self, catalog: Catalog, ledger: RequestLedger, announcements: Announcements
+    ) -> None:
+        self._digest = catalog.digest
+        self._ledger = ledger
+        self._announcements = announcements
+
+    @refusing
+    async def GetRequestReport(
+        self, request: telemetry_pb2.GetRequestReportRequest, context: Any
+    ) -> telemetry_pb2.GetRequestReportResponse:
+        external_id = plain_name(request.name, REQUESTS)
+        await self._announcements.wait_for(
+            external_id, lambda: self._has_finished(external_id), _wait_seconds(request)
+        )
+        tracks = self._ledger.report(external_id)
+        if not tracks:
+            raise NotFoundError(f"no request {external_id[:80]!r} is known")
+        report = report_message(external_id, tracks, self._digest)
+        return telemetry_pb2.GetRequestReportResponse(report=report)
+
+    async def WatchRequests(
+        self, request: telemetry_pb2.WatchRequestsRequest, context: Any
+    ) -> AsyncIterator[telemetry_pb2.WatchRequestsResponse]:
+        # The headers tell the caller that it misses nothing from here on.
+        await context.send_initial_metadata(())
+        async for event in self._announcements.watch():
+            track = event.track
+            report = report_message(track.start.external_id, (track,), self._digest, features=False)
+            kind = "finished" if event.finished else "started"
+            yield telemetry_pb2.WatchRequestsResponse(**{kind: report}, missed=event.missed)
+
+    def _has_finished(self, external_id: str) -> bool:
+        tracks = self._ledger.report(external_id)
+        return bool(tracks) and all(track.finished for track in tracks)
+
+
+def _wait_seconds(request: telemetry_pb2.GetRequestReportRequest) -> float:
+    seconds = request.wait.seconds + request.wait.nanos * 1e-9
+    if seconds < 0.0:
+        raise SpecError("wait", "must not be negative")
+    return min(seconds, MAX_WAIT_SECONDS)

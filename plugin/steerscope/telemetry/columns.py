@@ -1,0 +1,110 @@
+"""A frame's sites as blocks of the catalog's columns.
+
+Shapes: T tokens of the frame, F features of the whole catalog in layer order (the
+columns), S sites; a block holds adjacent sites, so its columns are adjacent too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from steerscope.catalog.store import Catalog
+from steerscope.telemetry.frames import Frame, SiteActivations, acts_TF, edits
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What steering did to a block, made dense: zero where nothing was edited."""
+
+    deltas_TF: FloatArray
+    doses_TS: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What one frame says about adjacent sites."""
+
+    sites: slice
+    columns: slice
+    acts_TF: FloatArray
+    finite_T: BoolArray | None
+    """Tokens without NaN or infinity; None when that is all of them."""
+    edits: Edits | None
+
+
+class Columns:
+    """Where each site and feature of a catalog has its columns. Immutable."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.features = tuple(f.name for site in catalog.sites.values() for f in site)
+        self.steerable = tuple(catalog.vectors[n].W_dec is not None for n in self.features)
+        self.index = {name: column for column, name in enumerate(self.features)}
+        self.site_names = tuple(str(key) for key in catalog.sites)
+        self._widths = tuple(len(features) for features in catalog.sites.values())
+        self._offsets = (0, *accumulate(self._widths))
+        self._site_index = {name: i for i, name in enumerate(self.site_names)}
+        self.site_of = tuple(s for s, width in enumerate(self._widths) for _ in range(width))
+
+    def blocks(self, frame: Frame) -> Iterator[Block]:
+        """The frame's sites; raise ``ValueError`` on one that the catalog does not have."""
+        run: list[SiteActivations] = []
+        start = 0
+        for index, site in sorted((self._index(site), site) for site in frame.sites):
+            if run and index != start + len(run):
+                yield self._block(start, run)
+                run = []
+            start = start if run else index
+            run.append(site)
+        if run:
+            yield self._block(start, run)
+
+    def _index(self, site: SiteActivations) -> int:
+        index = self._site_index.get(site.site)
+        if index is None or site.num_features != self._widths[index]:
+            raise ValueError(f"no site {site.site!r} of {site.num_features} features")
+        return index
+
+    def _block(self, start: int, run: list[SiteActivations]) -> Block:
+        acts = np.concatenate([acts_TF(site) for site in run], axis=1)
+        finite = np.isfinite(acts)
+        stop = start + len(run)
+        return Block(
+            sites=slice(start, stop),
+            columns=slice(self._offsets[start], self._offsets[stop]),
+            acts_TF=acts,
+            finite_T=None if finite.all() else finite.all(axis=1),
+            edits=_edits(run, len(acts)) if any(site.edit_tokens for site in run) else None,
+        )
+
+
+def _edits(run: list[SiteActivations], num_tokens: int) -> Edits:
+    deltas = [np.zeros((num_tokens, site.num_features), np.float32) for site in run]
+    doses_TS = np.zeros((num_tokens, len(run)), np.float32)
+    for s, site in enumerate(run):
+        tokens, site_deltas, site_doses = edits(site)
+        deltas[s][tokens] = np.nan_to_num(site_deltas)
+        doses_TS[tokens, s] = np.nan_to_num(site_doses)
+    return Edits(np.concatenate(deltas, axis=1), doses_TS)
+
+
+AnyArray = TypeVar("AnyArray", BoolArray, FloatArray)
+
+_FIRST_ROWS = 64
+
+
+def grown(rows: AnyArray, num_rows: int) -> AnyArray:
+    """``rows`` with room for ``num_rows`` of them: doubled when short, new ones zero."""
+    if num_rows <= len(rows):
+        return rows
+    larger = np.zeros((max(_FIRST_ROWS, 2 * len(rows), num_rows), *rows.shape[1:]), rows.dtype)
+    larger[: len(rows)] = rows
+    return larger

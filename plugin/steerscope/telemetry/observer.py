@@ -1,0 +1,99 @@
+"""Payloads in; totals, reports and events out. Pure: no socket, no clock, no thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from steerscope.catalog.store import Catalog
+from steerscope.telemetry import signals
+from steerscope.telemetry.columns import Columns
+from steerscope.telemetry.frames import Frame, decode
+from steerscope.telemetry.requests import Limits, RequestLedger
+from steerscope.telemetry.totals import Bounds, EngineTotals, FrameLoss, HubTotals
+from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score
+
+MAX_ENGINES = 1024
+"""Engines that one hub keeps apart; frames of further ones are refused and counted."""
+
+
+class Listener(Protocol):
+    """Who wants to know of each sequence's start and end. Must return at once."""
+
+    def started(self, track: RequestTrack) -> None:
+        """The first token of a sequence was seen."""
+
+    def finished(self, track: RequestTrack) -> None:
+        """A sequence ended and has its scores."""
+
+
+class Observer:
+    """Owns the ledger and the totals of every engine that sends to this hub."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        limits: Limits,
+        bounds: Bounds,
+        totals: HubTotals,
+        listener: Listener,
+        policy_label: Callable[[str], str],
+    ) -> None:
+        self.ledger = RequestLedger(Columns(catalog), limits, self._score)
+        self._catalog = catalog
+        self._columns = Columns(catalog)
+        self._bounds = bounds
+        self._totals = totals
+        self._listener = listener
+        self._policy_label = policy_label
+        self._engines: dict[EngineKey, EngineTotals] = {}
+
+    @property
+    def engines(self) -> Mapping[EngineKey, EngineTotals]:
+        """The totals of each engine heard of so far."""
+        return self._engines
+
+    def take(self, payload: bytes, now_ns: int) -> None:
+        """Count one payload off the wire; never raises, whatever it holds."""
+        try:
+            frame = decode(payload)
+            self._take(frame, now_ns)
+        except (msgspec.MsgspecError, ValueError, IndexError):
+            self._totals.frames_lost[FrameLoss.MALFORMED] += 1
+
+    def expire(self, now_ns: int) -> None:
+        """Forget old reports. A sequence that never finished counts as unobserved."""
+        for track in self.ledger.expire(now_ns * 1e-9):
+            track.tail_lost = True
+            labels = self._engines[track.key].labels
+            labels.update((s.name, signals.UNOBSERVED_LABEL) for s in self._catalog.signals)
+
+    def _take(self, frame: Frame, now_ns: int) -> None:
+        engine = self._engine(EngineKey(frame.model_name, frame.engine))
+        if engine is None:
+            self._totals.frames_lost[FrameLoss.TOO_MANY_ENGINES] += 1
+            return
+        if frame.catalog_digest != self._catalog.digest:
+            engine.refuse(frame, FrameLoss.CATALOG_MISMATCH)
+            return
+        step = self.ledger.feed(frame, now_ns * 1e-9)
+        engine.receive(frame, now_ns)
+        engine.add(step)
+        for track in step.started:
+            if track.start.policy:
+                engine.applied[self._policy_label(track.start.policy)] += 1
+            self._listener.started(track)
+        for track in step.finished:
+            self._listener.finished(track)
+
+    def _engine(self, key: EngineKey) -> EngineTotals | None:
+        engine = self._engines.get(key)
+        if engine is None and len(self._engines) < MAX_ENGINES:
+            engine = EngineTotals(self._columns, self._catalog.signals, self._bounds)
+            self._engines[key] = engine
+        return engine
+
+    def _score(self, track: RequestTrack) -> tuple[Score, ...]:
+        return tuple(signals.evaluate(signal, track) for signal in self._catalog.signals)

@@ -1,0 +1,192 @@
+"""The ledger: frames in, one track for each sequence of each engine.
+
+Shapes: T tokens of the frame, R its requests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from steerscope.telemetry.columns import Block, BoolArray, Columns
+from steerscope.telemetry.frames import Frame, RequestStart
+from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score, Unobserved
+
+TrackKey = tuple[EngineKey, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the ledger may hold. ``max_tracks`` evicts the oldest, finished ones first."""
+
+    max_tracks: int
+    ttl_seconds: float
+    max_tokens_per_track: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One request's rows of a frame: ``first`` to ``last``, the first one at ``position``."""
+
+    track: RequestTrack
+    first: int
+    last: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNews:
+    """A block and which of its tokens are news (bool [T])."""
+
+    block: Block
+    fresh_T: BoolArray
+    completed_T: BoolArray
+
+
+@dataclass(slots=True)
+class Step:
+    """All that one frame brought."""
+
+    key: EngineKey
+    shares: list[Share]
+    generated_T: BoolArray
+    blocks: list[BlockNews] = field(default_factory=list)
+    started: list[RequestTrack] = field(default_factory=list)
+    finished: list[RequestTrack] = field(default_factory=list)
+    unobserved: Counter[Unobserved] = field(default_factory=Counter)
+
+
+class RequestLedger:
+    """Tracks by the engine's id and by the client's. One owner, one thread."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        limits: Limits,
+        score: Callable[[RequestTrack], tuple[Score, ...]],
+    ) -> None:
+        self._columns = columns
+        self._limits = limits
+        self._score = score
+        self._running: dict[TrackKey, RequestTrack] = {}
+        self._finished: dict[TrackKey, RequestTrack] = {}
+        self._by_external_id: dict[str, list[RequestTrack]] = {}
+        self._ranks: dict[EngineKey, set[int]] = {}
+        self._ended_at: dict[TrackKey, set[int]] = {}
+        self._dropped_at: dict[tuple[TrackKey, int], int] = {}
+
+    def report(self, external_id: str) -> tuple[RequestTrack, ...]:
+        """Every sequence known under the client's id, in order of start; may be empty."""
+        return tuple(self._by_external_id.get(external_id, ()))
+
+    def feed(self, frame: Frame, now: float) -> Step:
+        """Take one frame; raise ``ValueError``, changing nothing, if its sites are unknown."""
+        blocks = list(self._columns.blocks(frame))
+        key = EngineKey(frame.model_name, frame.engine)
+        self._ranks.setdefault(key, set()).add(frame.rank)
+        step = Step(key, [], np.zeros(0, np.bool_))
+        present = set(frame.request_ids)
+        self._finish(step, frame, (r for r in frame.finished if r not in present), now)
+        for start in frame.started:
+            self._start(step, start, now)
+        step.shares = list(self._shares(step, frame, now))
+        step.generated_T = _generated(step.shares, frame.query_start_loc[-1])
+        step.blocks = [_add(block, step) for block in blocks]
+        self._finish(step, frame, (r for r in frame.finished if r in present), now)
+        return step
+
+    def expire(self, now: float) -> list[RequestTrack]:
+        """Forget what is past its time; return the sequences that never finished."""
+        deadline = now - self._limits.ttl_seconds
+        for key, track in list(self._finished.items()):
+            if track.updated_at > deadline:
+                break
+            self._forget(key, self._finished)
+        lost = [(k, t) for k, t in self._running.items() if t.updated_at <= deadline]
+        for key, _ in lost:
+            self._forget(key, self._running)
+        return [track for _, track in lost]
+
+    def _start(self, step: Step, start: RequestStart, now: float) -> None:
+        key = (step.key, start.request_id)
+        if key in self._running:
+            return
+        if key in self._finished:
+            self._forget(key, self._finished)
+        self._make_room()
+        track = RequestTrack(start, step.key, self._columns, self._limits.max_tokens_per_track, now)
+        self._running[key] = track
+        self._by_external_id.setdefault(start.external_id, []).append(track)
+        step.started.append(track)
+        step.unobserved[Unobserved.PREFIX_CACHE] += start.first_position
+
+    def _shares(self, step: Step, frame: Frame, now: float) -> Iterator[Share]:
+        bounds = pairwise(frame.query_start_loc)
+        rows = zip(frame.request_ids, bounds, frame.positions, strict=True)
+        for request_id, (first, last), position in rows:
+            key = (step.key, request_id)
+            track = self._running.get(key)
+            if track is None:
+                step.unobserved[Unobserved.UNKNOWN_REQUEST] += last - first
+                continue
+            step.unobserved[Unobserved.DROPPED_FRAME] += max(position - track.end, 0)
+            track.updated_at = now
+            self._dropped_at[key, frame.rank] = frame.dropped
+            yield Share(track, first, last, position)
+
+    def _finish(self, step: Step, frame: Frame, request_ids: Iterable[str], now: float) -> None:
+        for request_id in request_ids:
+            key = (step.key, request_id)
+            track = self._running.get(key)
+            if track is None:
+                continue
+            dropped = self._dropped_at.pop((key, frame.rank), frame.dropped)
+            track.tail_lost |= frame.dropped > dropped
+            ended = self._ended_at.setdefault(key, set())
+            ended.add(frame.rank)
+            if ended >= self._ranks[step.key]:
+                track.finish(self._score(track), now)
+                self._finished[key] = self._running.pop(key)
+                del self._ended_at[key]
+                step.finished.append(track)
+
+    def _make_room(self) -> None:
+        while len(self._running) + len(self._finished) >= self._limits.max_tracks:
+            oldest = self._finished or self._running
+            self._forget(next(iter(oldest)), oldest)
+
+    def _forget(self, key: TrackKey, tracks: dict[TrackKey, RequestTrack]) -> None:
+        track = tracks.pop(key)
+        self._ended_at.pop(key, None)
+        for rank in self._ranks.get(key[0], ()):
+            self._dropped_at.pop((key, rank), None)
+        siblings = self._by_external_id[track.start.external_id]
+        siblings.remove(track)
+        if not siblings:
+            del self._by_external_id[track.start.external_id]
+
+
+def _generated(shares: list[Share], num_tokens: int) -> BoolArray:
+    """Which tokens were generated rather than given (bool [T])."""
+    generated_T: BoolArray = np.zeros(num_tokens, np.bool_)
+    for share in shares:
+        prompt_rows = max(share.track.start.num_prompt_tokens - share.position, 0)
+        generated_T[share.first + prompt_rows : share.last] = True
+    return generated_T
+
+
+def _add(block: Block, step: Step) -> BlockNews:
+    fresh_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
+    completed_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
+    for share in step.shares:
+        added = share.track.add(block, share.first, share.last, share.position)
+        fresh_T[share.first : share.last] = added.fresh
+        completed_T[share.first : share.last] = added.completed
+        if block.finite_T is not None:
+            num_bad = int((~block.finite_T[share.first : share.last]).sum())
+            step.unobserved[Unobserved.NOT_FINITE] += num_bad
+    return BlockNews(block, fresh_T, completed_T)

@@ -1,0 +1,186 @@
+"""Running totals of one engine: plain counts and arrays, read by the exporters.
+
+Shapes: F features of the catalog, phases (0 prompt, 1 generation).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from steerscope.catalog.model import Signal
+from steerscope.steering.interventions import Intervention, Op, Phase
+from steerscope.telemetry.columns import BoolArray, Columns, Edits
+from steerscope.telemetry.frames import Frame
+from steerscope.telemetry.histograms import HistogramArray
+from steerscope.telemetry.requests import BlockNews, Share, Step
+from steerscope.telemetry.tracks import RequestTrack, Unobserved
+
+PHASES = (Phase.PROMPT, Phase.GENERATION)
+OPS = tuple(Op)
+
+
+class Outcome(enum.StrEnum):
+    """What became of a request that asked for steering."""
+
+    ADMITTED = "admitted"
+    REJECTED = "rejected"
+    APPLIED = "applied"
+
+
+class FrameLoss(enum.StrEnum):
+    """Why a frame's contents never counted."""
+
+    NOT_SENT = "not_sent"
+    MALFORMED = "malformed"
+    CATALOG_MISMATCH = "catalog_mismatch"
+    TOO_MANY_ENGINES = "too_many_engines"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Bucket bounds, as ``export.instruments`` gives them."""
+
+    activation: tuple[float, ...]
+    score: tuple[float, ...]
+    dose: tuple[float, ...]
+    lag: tuple[float, ...]
+    overhead: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class HubTotals:
+    """What comes from no engine: front ends, and frames that cannot be told apart."""
+
+    frames_lost: Counter[FrameLoss] = field(default_factory=Counter)
+    outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
+    propagation_timeouts: int = 0
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What one worker last said of its own losses."""
+
+    dropped: int = 0
+    dropped_tokens: int = 0
+
+
+class EngineTotals:
+    """Everything counted for one engine since the hub first heard of it."""
+
+    def __init__(self, columns: Columns, signals: Sequence[Signal], bounds: Bounds) -> None:
+        num_features = len(columns.features)
+        self.columns = columns
+        self.signals = tuple(signals)
+        self.activation = HistogramArray(bounds.activation, 2 * num_features)
+        """Series of feature c in phase p is ``2 * c + p``."""
+        self.active = np.zeros((num_features, 2), np.int64)
+        self.steered = np.zeros((num_features, len(OPS)), np.int64)
+        self.observed = np.zeros(2, np.int64)
+        self.unobserved: Counter[Unobserved] = Counter()
+        self.score = HistogramArray(bounds.score, len(signals))
+        self.labels: Counter[tuple[str, str]] = Counter()
+        self.dose = HistogramArray(bounds.dose, 1)
+        self.lag = HistogramArray(bounds.lag, 1)
+        self.overhead = HistogramArray(bounds.overhead, 1)
+        self.frames = 0
+        self.frames_lost: Counter[FrameLoss] = Counter()
+        self.applied: Counter[str] = Counter()
+        self._workers: dict[int, _Worker] = {}
+        self._reported_lost_tokens = 0
+        self._missed_tokens = 0
+
+    def receive(self, frame: Frame, now_ns: int) -> None:
+        """Count the frame itself: its delay, its cost, what its worker lost before it."""
+        self.frames += 1
+        self.lag.observe_one(0, max(now_ns - frame.monotonic_ns, 0) * 1e-9)
+        self.overhead.observe_one(0, frame.overhead_ns * 1e-9)
+        worker = self._workers.setdefault(frame.rank, _Worker())
+        if frame.dropped < worker.dropped:
+            worker.dropped = worker.dropped_tokens = 0
+        self.frames_lost[FrameLoss.NOT_SENT] += frame.dropped - worker.dropped
+        self._reported_lost_tokens += max(frame.dropped_tokens - worker.dropped_tokens, 0)
+        worker.dropped, worker.dropped_tokens = frame.dropped, frame.dropped_tokens
+        self._settle_lost_tokens()
+
+    def refuse(self, frame: Frame, reason: FrameLoss) -> None:
+        """Count a frame whose contents cannot be used."""
+        self.frames_lost[reason] += 1
+        self.unobserved[Unobserved.CATALOG_MISMATCH] += frame.query_start_loc[-1]
+
+    def add(self, step: Step) -> None:
+        """Count what the step brought."""
+        for reason, count in step.unobserved.items():
+            if reason is Unobserved.DROPPED_FRAME:
+                self._missed_tokens += count
+            else:
+                self.unobserved[reason] += count
+        self._settle_lost_tokens()
+        for news in step.blocks:
+            self._add_acts(news, step.generated_T)
+            if news.block.edits is not None:
+                self._add_edits(news, news.block.edits, step)
+        for track in step.finished:
+            self.add_scores(track)
+
+    def add_scores(self, track: RequestTrack) -> None:
+        """Count a finished sequence's signals."""
+        for series, score in enumerate(track.scores):
+            self.labels[score.signal, score.label] += 1
+            if score.score is not None:
+                self.score.observe_one(series, score.score)
+
+    def _settle_lost_tokens(self) -> None:
+        """A lost token may be both missed here and reported by its worker: count it once."""
+        lost = max(self._missed_tokens, self._reported_lost_tokens)
+        self.unobserved[Unobserved.DROPPED_FRAME] = lost
+
+    def _add_acts(self, news: BlockNews, generated_T: BoolArray) -> None:
+        self.observed += np.bincount(generated_T[news.completed_T], minlength=2)
+        acts_nF = news.block.acts_TF[news.fresh_T]
+        if not len(acts_nF):
+            return
+        phase_n = generated_T[news.fresh_T].astype(np.intp)
+        first, stop = news.block.columns.start, news.block.columns.stop
+        series_nF = 2 * np.arange(first, stop)[None, :] + phase_n[:, None]
+        self.activation.observe(series_nF.ravel(), acts_nF.ravel())
+        active_nF = acts_nF > 0.0
+        for phase in (0, 1):
+            self.active[first:stop, phase] += active_nF[phase_n == phase].sum(axis=0)
+
+    def _add_edits(self, news: BlockNews, edits: Edits, step: Step) -> None:
+        changed_TF = (edits.deltas_TF != 0.0) & news.fresh_T[:, None]
+        if not changed_TF.any():
+            return
+        doses = edits.doses_TS[news.fresh_T]
+        doses = doses[doses > 0.0]
+        self.dose.observe(np.zeros(len(doses), np.intp), doses)
+        for share in step.shares:
+            self._add_share(news.block.columns, changed_TF[share.first : share.last], share)
+
+    def _add_share(self, columns: slice, changed_nF: BoolArray, share: Share) -> None:
+        if not changed_nF.any():
+            return
+        for intervention in share.track.interventions:
+            column = self.columns.index.get(intervention.feature, -1)
+            if columns.start <= column < columns.stop:
+                covered = _covered(intervention, share, len(changed_nF))
+                changed = changed_nF[:, column - columns.start] & covered
+                self.steered[column, OPS.index(intervention.op)] += int(changed.sum())
+
+
+def _covered(intervention: Intervention, share: Share, num_tokens: int) -> BoolArray:
+    """Which of the share's tokens the intervention's phase and span cover."""
+    positions = np.arange(share.position, share.position + num_tokens)
+    covered: BoolArray = np.ones(num_tokens, np.bool_)
+    if intervention.phase is not Phase.ALL:
+        generated = positions >= share.track.start.num_prompt_tokens
+        covered = generated == (intervention.phase is Phase.GENERATION)
+    if intervention.span is not None:
+        start, stop = intervention.span
+        covered = covered & (positions >= start) & (positions < stop)
+    return covered

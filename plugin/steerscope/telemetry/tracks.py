@@ -1,0 +1,204 @@
+"""What was seen of one sequence: every position at most once, the newest value kept.
+
+Shapes: N positions, n tokens just added, F features of the catalog, S sites. Positions
+beyond the limit are observed and reduced like all others; only their values are not kept.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from steerscope.catalog.model import Reduction
+from steerscope.steering.interventions import Intervention
+from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
+from steerscope.telemetry.frames import RequestStart
+from steerscope.telemetry.reductions import (
+    FOLDS,
+    ON_GENERATION,
+    ON_WHOLE_PHASE,
+    Overflow,
+    needed,
+)
+from steerscope.telemetry.steered import SteeredTokens
+
+
+class Unobserved(enum.StrEnum):
+    """Why there is no activation for a token."""
+
+    PREFIX_CACHE = "prefix_cache"
+    DROPPED_FRAME = "dropped_frame"
+    UNKNOWN_REQUEST = "unknown_request"
+    CATALOG_MISMATCH = "catalog_mismatch"
+    NOT_FINITE = "not_finite"
+    OVER_LIMIT = "over_limit"
+    """Observed but not kept in the report; never in the metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A signal's outcome; ``score`` is None when a token it needs was not observed."""
+
+    signal: str
+    score: float | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKey:
+    """Which engine of which model: the labels that vLLM's own metrics have."""
+
+    model_name: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Which of the tokens just added are news (bool [n])."""
+
+    fresh: BoolArray
+    """Seen for the first time at this block's sites."""
+    completed: BoolArray
+    """Now seen at every site, and not so before."""
+
+
+class RequestTrack:
+    """One sequence of one engine.
+
+    ``end`` is one past the last position known to have been computed; ``tail_lost`` says
+    that frames were dropped after it, so that there may have been more.
+    """
+
+    def __init__(
+        self, start: RequestStart, key: EngineKey, columns: Columns, limit: int, now: float
+    ) -> None:
+        self.start = start
+        self.key = key
+        self.columns = columns
+        self.end = start.first_position
+        self.updated_at = now
+        self.finished = False
+        self.tail_lost = False
+        self.scores: tuple[Score, ...] = ()
+        self.steered = SteeredTokens(len(columns.features), limit)
+        self.interventions = _interventions(start.interventions)
+        self._limit = limit
+        self._not_finite: set[int] = set()
+        self._overflow: Overflow | None = None
+        self._acts_NF: FloatArray = np.zeros((0, len(columns.features)), np.float32)
+        self._seen_NS: BoolArray = np.zeros((0, len(columns.site_names)), np.bool_)
+
+    def add(self, block: Block, first: int, last: int, position: int) -> Added:
+        """Take the block's rows ``first`` to ``last``, whose first one is at ``position``."""
+        stop = position + last - first
+        self._seen_NS = grown(self._seen_NS, stop)
+        self._acts_NF = grown(self._acts_NF, min(stop, self._limit))
+        self.end = max(self.end, stop)
+        seen_nS = self._seen_NS[position:stop]
+        fresh = ~seen_nS[:, block.sites.start]
+        missing = ~seen_nS.all(axis=1)
+        seen_nS[:, block.sites] = True
+        if block.finite_T is not None or self._not_finite:
+            fresh &= self._mark_finite(block, first, last, position)
+        self._keep(block.columns, block.acts_TF[first:last], position, fresh)
+        if block.edits is not None and block.edits.deltas_TF[first:last].any():
+            deltas, doses = block.edits.deltas_TF[first:last], block.edits.doses_TS[first:last]
+            self.steered.add(block.columns, deltas, doses, position, fresh)
+        completed: BoolArray = missing & seen_nS.all(axis=1)
+        return Added(fresh, completed)
+
+    def reduce(self, feature: str, reduction: Reduction) -> float | None:
+        """One number for the feature, or None unless every token it needs was observed."""
+        column = self.columns.index[feature]
+        start, stop = needed(reduction, self.start.num_prompt_tokens, self.end)
+        seen = self._seen_NS[start:stop, self.columns.site_of[column]]
+        if stop <= start or len(seen) < stop - start or not seen.all():
+            return None
+        if self.tail_lost and reduction in ON_GENERATION:
+            return None
+        kept = self._acts_NF[start : min(stop, self._limit), column]
+        if self._overflow is None or stop <= self._limit:
+            return FOLDS[reduction](kept)
+        if reduction in ON_WHOLE_PHASE:
+            return self._overflow.reduce(reduction, kept, column)
+        beyond = range(max(start, self._limit), stop)
+        values = [self._overflow.value(position, column) for position in beyond]
+        return FOLDS[reduction](np.append(kept, values))
+
+    def unobserved(self) -> dict[Unobserved, int]:
+        """How many positions before ``end`` are missing, by reason; only those that are."""
+        seen = self._seen_everywhere()
+        cached = min(self.start.first_position, self.end)
+        holes = int((~seen[cached:]).sum()) - len(self._not_finite)
+        counts = {
+            Unobserved.PREFIX_CACHE: int((~seen[:cached]).sum()),
+            Unobserved.DROPPED_FRAME: max(holes, 0),
+            Unobserved.OVER_LIMIT: int(seen[self._limit :].sum()),
+            Unobserved.NOT_FINITE: len(self._not_finite),
+        }
+        return {reason: count for reason, count in counts.items() if count}
+
+    @property
+    def num_observed(self) -> int:
+        """Positions seen at every site, those over the limit included."""
+        return int(self._seen_everywhere().sum())
+
+    @property
+    def is_complete(self) -> bool:
+        """Every token so far was observed and kept, and none can have followed unseen."""
+        return self.end > 0 and not self.tail_lost and not self.unobserved()
+
+    def runs(self, feature: str) -> list[tuple[int, FloatArray, FloatArray | None]]:
+        """Adjacent kept positions as (first position, activations, deltas if any was changed)."""
+        column = self.columns.index[feature]
+        kept = min(self.end, len(self._acts_NF), self._limit)
+        seen = np.zeros(kept + 2, np.int8)
+        seen[1:-1] = self._seen_NS[:kept, self.columns.site_of[column]]
+        edges = np.flatnonzero(np.diff(seen)).tolist()
+        return [
+            (first, self._acts_NF[first:last, column], self.steered.deltas(first, last, column))
+            for first, last in zip(edges[::2], edges[1::2], strict=True)
+        ]
+
+    def finish(self, scores: tuple[Score, ...], now: float) -> None:
+        """No more tokens follow: keep the scores, give back spare memory."""
+        self.finished, self.scores, self.updated_at = True, scores, now
+        self._acts_NF = self._acts_NF[: min(self.end, self._limit)].copy()
+        self._seen_NS = self._seen_NS[: self.end].copy()
+
+    def _mark_finite(self, block: Block, first: int, last: int, position: int) -> BoolArray:
+        finite = np.ones(last - first, np.bool_)
+        if block.finite_T is not None:
+            finite = block.finite_T[first:last]
+        self._not_finite.difference_update((position + np.flatnonzero(finite)).tolist())
+        bad = position + np.flatnonzero(~finite)
+        self._not_finite.update(bad.tolist())
+        self._seen_NS[bad, block.sites] = False
+        return finite
+
+    def _keep(self, columns: slice, acts_nF: FloatArray, position: int, fresh: BoolArray) -> None:
+        kept = min(max(self._limit - position, 0), len(acts_nF))
+        self._acts_NF[position : position + kept, columns] = acts_nF[:kept]
+        if kept == len(acts_nF):
+            return
+        if self._overflow is None:
+            self._overflow = Overflow(len(self.columns.features), self.start.num_prompt_tokens)
+        self._overflow.add(columns, acts_nF[kept:], position + kept, fresh[kept:])
+
+    def _seen_everywhere(self) -> BoolArray:
+        seen: BoolArray = np.zeros(self.end, np.bool_)
+        known: BoolArray = np.all(self._seen_NS[: self.end], axis=1)
+        seen[: len(known)] = known
+        return seen
+
+
+def _interventions(canonical_json: bytes) -> tuple[Intervention, ...]:
+    if not canonical_json:
+        return ()
+    try:
+        return msgspec.json.decode(canonical_json, type=tuple[Intervention, ...])
+    except msgspec.MsgspecError:
+        return ()
