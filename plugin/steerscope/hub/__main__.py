@@ -1,7 +1,8 @@
 """``python -m steerscope.hub --endpoint DIR --parent-pid N``: the hub as a process.
 
-Settings come as one JSON tree on stdin. One JSON line goes to stdout when the hub
-serves, or when it cannot; logs go to stderr. It ends on SIGTERM or when its parent does.
+Settings come as one JSON tree on stdin, or from the file named by ``--config-json``. One
+JSON line goes to stdout when the hub serves, or when it cannot; logs go to stderr. It ends
+on SIGTERM, or when its parent is gone.
 """
 
 from __future__ import annotations
@@ -22,26 +23,31 @@ from steerscope.hub.server import Hub, run_until_orphaned
 def main() -> int:
     """Serve until told to stop; 1 when the hub could not start."""
     parser = argparse.ArgumentParser(prog="steerscope.hub", description=__doc__)
+    parser.add_argument("--config-json", default="-", help="settings; - is stdin")
     parser.add_argument("--endpoint", required=True, help="folder for the sockets")
     parser.add_argument("--parent-pid", type=int, required=True, help="end when it is gone")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s steerscope.hub: %(message)s")
     try:
-        settings = config.from_tree(json.load(sys.stdin), base=Path.cwd(), where="hub settings")
-        asyncio.run(_serve(settings, arguments.endpoint, arguments.parent_pid))
-    except (SteerscopeError, ValueError) as error:
+        asyncio.run(_serve(_settings(arguments.config_json), arguments))
+    except (SteerscopeError, OSError, ValueError) as error:
         _tell({"ready": False, "error": str(error)})
         return 1
     return 0
 
 
-async def _serve(settings: config.Settings, endpoint: str, parent_pid: int) -> None:
+async def _serve(settings: config.Settings, arguments: argparse.Namespace) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    async with Hub(settings, endpoint).serving() as ports:
+    async with Hub(settings, arguments.endpoint).serving() as ports:
         _tell({"ready": True, "grpc_port": ports.grpc, "http_port": ports.http})
-        await run_until_orphaned(parent_pid, stopping)
+        await run_until_orphaned(arguments.parent_pid, stopping)
+
+
+def _settings(source: str) -> config.Settings:
+    text = sys.stdin.read() if source == "-" else Path(source).read_text()
+    return config.from_tree(json.loads(text), base=Path.cwd(), where="hub settings")
 
 
 def _tell(line: dict[str, object]) -> None:

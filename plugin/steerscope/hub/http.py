@@ -1,9 +1,8 @@
-"""The hub's HTTP pages: /metrics, /health and a request's report as JSON."""
+"""The hub's HTTP pages: metrics for Prometheus, health for probes, reports as JSON."""
 
 from __future__ import annotations
 
-import math
-
+from google.protobuf.json_format import MessageToDict
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -11,51 +10,34 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from steerscope.hub import reports
-from steerscope.hub.reader import ReportReader
-from steerscope.hub.refusals import RefusalError
-from steerscope.hub.watch import MAX_WAIT_SECONDS
+from steerscope.catalog.store import Catalog
+from steerscope.hub.conversions import report_message
+from steerscope.telemetry.requests import RequestLedger
 
 
-def app(registry: CollectorRegistry, reader: ReportReader) -> Starlette:
-    """The pages; handlers run on the hub's loop."""
+def application(catalog: Catalog, ledger: RequestLedger, registry: CollectorRegistry) -> Starlette:
+    """The ASGI application; it runs on the hub's loop and owns nothing."""
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type})
+        return Response(encode(registry), headers={"content-type": content_type})
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def report(request: Request) -> Response:
-        try:
-            wait = _wait(request)
-            message = await reader.read(request.path_params["request_id"], wait)
-        except ValueError as error:
-            return _error(400, "INVALID_FIELD", str(error))
-        except RefusalError as error:
-            return _error(404, error.reason, str(error))
-        return JSONResponse(reports.as_json(message))
+        external_id = request.path_params["request_id"]
+        tracks = ledger.report(external_id)
+        if not tracks:
+            message = f"no request {external_id[:80]!r} is known"
+            return JSONResponse({"error": {"code": "NOT_FOUND", "message": message}}, 404)
+        made = report_message(external_id, tracks, catalog.digest)
+        return JSONResponse(MessageToDict(made, preserving_proto_field_name=True))
 
     return Starlette(
         routes=[
             Route("/metrics", metrics),
             Route("/health", health),
-            Route("/v1/steerscope/requests/{request_id:path}", report),
+            Route("/v1/steerscope/requests/{request_id}", report),
         ]
     )
-
-
-def _wait(request: Request) -> float:
-    text = request.query_params.get("wait", "0")
-    try:
-        wait = float(text)
-    except ValueError:
-        wait = math.nan
-    if not 0.0 <= wait <= MAX_WAIT_SECONDS:
-        raise ValueError(f"wait: must be between 0 and {MAX_WAIT_SECONDS:g} seconds, got {text!r}")
-    return wait
-
-
-def _error(status: int, reason: str, message: str) -> Response:
-    return JSONResponse({"error": {"reason": reason, "message": message}}, status)
