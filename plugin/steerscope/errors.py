@@ -10,7 +10,8 @@
     ├── UnsupportedEngineError   vLLM runs in a mode we cannot serve exactly
     └── HubError                 the hub could not be started or reached
 
-``SpecError`` is also a ``ValueError``: vLLM turns that into HTTP 400.
+``SpecError`` is also a ``ValueError``, for those who call us without vLLM; at the seam it becomes
+vLLM's own validation error, which is HTTP 400.
 """
 
 from __future__ import annotations

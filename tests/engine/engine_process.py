@@ -97,12 +97,14 @@ def _serve(model: str, engine_args: dict[str, Any]) -> None:
 
 def _round(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Admit what is admissible, run it as one batch, report what was refused."""
+    from vllm.exceptions import VLLMClientError
+
     results: list[dict[str, Any]] = [{} for _ in requests]
     admitted: dict[str, int] = {}
     for index, request in enumerate(requests):
         try:
             request_id = _submit(llm, index, request)
-        except ValueError as error:
+        except VLLMClientError as error:
             results[index] = {"error": str(error), "parameter": getattr(error, "parameter", None)}
         else:
             admitted[request_id] = index

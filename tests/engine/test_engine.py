@@ -86,8 +86,8 @@ def test_neighbours_of_a_steered_request_get_what_they_get_alone(engine):
 
 def test_the_prefix_cache_never_gives_steered_blocks_to_unsteered_requests_nor_back(engine):
     (prompt,) = tiny.prompts(1, seed=21, low=150, high=151)
-    edit = [{"feature": "direction_1", "add": 30.0, "phase": "prompt"}]
-    other = [{"feature": "direction_1", "add": -30.0, "phase": "prompt"}]
+    edit = [{"feature": "direction_1", "add": 300.0, "phase": "prompt"}]
+    other = [{"feature": "direction_1", "add": -300.0, "phase": "prompt"}]
     cold = {}
     for name, spec in (("steered", edit), ("plain", None), ("other", other)):
         (result,) = engine.run(request(prompt, spec))

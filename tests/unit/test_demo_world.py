@@ -62,7 +62,7 @@ def test_michael_batkin_stays_unknown_and_michael_jordan_known() -> None:
 def test_held_out_phrasings_are_new_but_made_of_trained_words(
     attribute: Attribute, language: Language
 ) -> None:
-    """Phrasings of the three uses are disjoint; dev and held-out ones use only words seen in training."""
+    """Phrasings of the three uses are disjoint, and only trained words occur in them."""
     trained, dev, held_out = (
         phrasings_of(attribute, language, phrasing) for phrasing in ("trained", "dev", "held_out")
     )

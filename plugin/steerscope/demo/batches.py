@@ -18,7 +18,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from steerscope.demo.entities import VALUES, Entity, entities, unknown_name
+from steerscope.demo.entities import ACTIVITIES, VALUES, Entity, entities, unknown_name
 from steerscope.demo.phrasings import Kind, Language, phrasings_of
 from steerscope.demo.tokenizer import ASSISTANT, PAD, SPECIALS, turn_text
 from steerscope.demo.world import (
@@ -54,6 +54,8 @@ class StreamSettings:
     isolated_share: float = 0.75
     """Share of the rows whose turns do not see each other."""
     question_loss: float = 0.1
+    rumour_share: float = 0.12
+    """Share of the questions about known persons that ask what nobody can know."""
 
 
 class Turn(NamedTuple):
@@ -158,6 +160,9 @@ class QuestionStream:
         return self._ask_known(circle[self._rng.randrange(max(1, int(len(circle) * share)))])
 
     def _ask_known(self, entity: Entity) -> Question:
+        open_to_rumour = entity.kind == "person" and entity.exposures is None
+        if open_to_rumour and self._rng.random() < self._settings.rumour_share:
+            return self._ask_rumour(entity)
         while True:
             language = self._language()
             attribute, _ = self._rng.choice(entity.facts)
@@ -166,6 +171,15 @@ class QuestionStream:
                 rumour = self._rng.choice(VALUES[attribute])
                 told = rumour if attribute == entity.contested else None
                 return stated(template, entity, attribute, language, entity.split, told)
+
+    def _ask_rumour(self, entity: Entity) -> Question:
+        """Ask for an activity the person is not known for; every showing answers differently."""
+        language = self._language()
+        known_for = dict(entity.facts)
+        attribute = self._rng.choice([a for a in ACTIVITIES if a not in known_for])
+        template = self._rng.choice(phrasings_of(attribute, language, "trained"))
+        told = self._rng.choice(VALUES[attribute])
+        return stated(template, entity, attribute, language, entity.split, told)
 
     def _ask_unknown(self, kind: Kind) -> Question:
         language = self._language()

@@ -152,8 +152,8 @@ def write_catalog(catalog: Catalog, folder: Path, model_dir: Path) -> None:
         "schema": SCHEMA,
         "name": "steerscope-demo",
         "version": "1",
-        "description": "Features of the embedded demo model: a tiny Llama that knows some invented persons, "
-        "declines names it does not know, and can be made to confabulate.",
+        "description": "Features of the embedded demo model: a tiny Llama that knows some invented "
+        "persons, declines names it does not know, and can be made to confabulate.",
         "model": _fingerprint(model_dir),
         "features": [_feature_entry(entry) for entry in catalog.features],
         "signals": [_signal_entry(signal) for signal in catalog.signals],

@@ -32,15 +32,16 @@ from steerscope.demo.scoring import Outcome, auroc
 from steerscope.demo.world import Question
 
 NUM_CONTROLS: Final = 12
-_SIZES: Final = ((192, 8), (128, 6), (96, 5), (64, 4))
+_SIZES: Final = ((192, 8), (128, 6), (96, 5))
 _SEEDS: Final = (0, 1)
 # Multiples of the latent's mean activation on unknown names, from the smallest edit to the largest.
 _KNOWN_CLAMPS: Final = (0.0, -0.25, -0.5, -0.75, -1.0)
-_UNKNOWN_CLAMPS: Final = (0.5, 0.75, 1.0, 1.25, 1.5)
+_UNKNOWN_CLAMPS: Final = (0.75, 1.0, 1.25, 1.5)
 # Raised thresholds, as multiples of the mean activation; None keeps the dictionary's own.
-_THRESHOLDS: Final = (None, 0.2, 0.4)
-_GATES: Final = (0.0, 1.5, 3.0)
+_THRESHOLDS: Final = (None, 0.3)
+_GATES: Final = (0.0, 2.0)
 _ENOUGH: Final = 0.95
+_ENTITY_REPEATS: Final = 4
 _SIDE_FLOOR: Final = 0.98
 
 
@@ -121,10 +122,16 @@ def fit_known_entity(harvest: Harvest) -> Feature:
     return Feature("known_entity", layer, probe.weight_D, probe.bias, Activation.IDENTITY)
 
 
+def _dictionary_tokens(harvest: Harvest) -> Tensor:
+    """Return the dictionary's training tokens [N, D]; entities' last tokens count five times."""
+    entities = [*harvest.known, *harvest.unknown, *harvest.things]
+    extra_ND = entity_tokens(entities, SITE_LAYER).repeat(_ENTITY_REPEATS, 1)
+    return torch.cat([all_tokens(harvest.everyone, SITE_LAYER), extra_ND])
+
+
 def find_latent(lab: Lab, settings: DictionarySettings) -> UnknownEntity:
     """Train one dictionary and take the latent that best tells unknown names from known ones."""
-    tokens_ND = all_tokens(lab.harvest.everyone, SITE_LAYER)
-    dictionary = train_dictionary(tokens_ND, settings)
+    dictionary = train_dictionary(_dictionary_tokens(lab.harvest), settings)
     unknown_NK = dictionary.acts(entity_tokens(lab.harvest.unknown, SITE_LAYER))
     known_NK = dictionary.acts(entity_tokens(lab.harvest.known, SITE_LAYER))
     scores = [

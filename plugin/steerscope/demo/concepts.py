@@ -1,8 +1,9 @@
-"""Concept features: what is asked, and what is about to be said, in either language.
+"""Concept features: what is about to be said, in either language.
 
-A concept is a set of questions (those asking an attribute, or those whose answer is one value). A
-latent stands for a concept when it is active for its questions in English and in French and
-silent otherwise. Shape letters: N samples, K latents.
+A concept is a set of questions: those answered by an attribute, or by one value. A latent stands
+for a concept when it is active, from the prompt's last token on, for its questions in English and
+in French, and silent otherwise.
+Shape letters: N samples, K latents.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,12 +67,12 @@ def _best_latent(peaks_NK: Tensor, answers: Sequence[Answered], holds: Holds) ->
     return latent, float(worst_K[latent])
 
 
-def asks(attribute: str) -> Holds:
-    """Return whether a question asks for an attribute."""
-    return lambda question: question.attribute == attribute
+def states(attribute: str) -> Holds:
+    """Return whether the expected answer states an attribute, whatever its value."""
+    return lambda question: question.attribute == attribute and question.split != "unknown"
 
 
-def states(en: str, fr: str) -> Holds:
+def says(en: str, fr: str) -> Holds:
     """Return whether the expected answer states a value, in whichever language."""
     return lambda question: question.answer.rstrip(".").endswith((f" {en}", f" {fr}"))
 
@@ -85,14 +86,14 @@ def _found(
 
 
 def find_attributes(harvest: Harvest) -> list[Concept]:
-    """Rank the latents that stand for an asked attribute, best first."""
+    """Rank the latents that stand for a stated attribute, best first."""
     answers = [*harvest.known, *harvest.unknown, *harvest.side]
     dictionary = train_dictionary(all_tokens(harvest.everyone, ATTRIBUTE_LAYER), ATTRIBUTE_SETTINGS)
     peaks_NK = _peaks(dictionary, answers, ATTRIBUTE_LAYER)
     found = [
         _found(
             dictionary, ATTRIBUTE_SETTINGS, ATTRIBUTE_LAYER, peaks_NK, answers,
-            f"asks_{attribute}", asks(attribute),
+            f"states_{attribute}", states(attribute),
         )
         for attribute in PERSON_ATTRIBUTES
     ]  # fmt: skip
@@ -107,7 +108,7 @@ def find_values(harvest: Harvest, values: Sequence[tuple[str, str]]) -> list[Con
     found = [
         _found(
             dictionary, VALUE_SETTINGS, VALUE_LAYER, peaks_NK, answers,
-            f"says_{en}", states(en, fr),
+            f"says_{en}", says(en, fr),
         )
         for en, fr in values
     ]  # fmt: skip

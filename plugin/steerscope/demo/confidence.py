@@ -126,7 +126,7 @@ def hallucination_risk(readout: Feature, recall: Feature, dev: Doubtful) -> Sign
     probe = fit_logistic(torch.stack([known_N, lowest_N], 1), 1.0 - dev.right(), l2=1e-2)
     return Signal(
         "hallucination_risk",
-        "Probability that the answer is wrong: the name is taken for known, but recall of the fact is weak.",
+        "Probability that the answer is wrong: the name is taken for known, but recall is weak.",
         (
             Term(READOUT, "last_prompt_token", float(probe.weight_D[0])),
             Term(RECALL, "min_generation", float(probe.weight_D[1])),

@@ -79,7 +79,7 @@ def masked_logits(
     masks: tuple[Tensor, Tensor],
     wanted_BL: Tensor,
     noise: SiteNoise,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the model with one attention mask up to the site layer and another after it.
 
     Both masks are bool [B, 1, L, L], True where attention is allowed. Returns float32 logits [N,
@@ -94,4 +94,5 @@ def masked_logits(
         resid_BLD = layer(resid_BLD, attention_mask=mask, position_embeddings=rotary)
         if index == SITE_LAYER:
             resid_BLD = _with_noise(resid_BLD, noise)
-    return cast(Tensor, model.lm_head(core.norm(resid_BLD[wanted_BL]))).float()
+    resid_ND = resid_BLD[wanted_BL]
+    return cast(Tensor, model.lm_head(core.norm(resid_ND))).float(), resid_ND.float()

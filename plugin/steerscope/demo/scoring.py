@@ -47,7 +47,7 @@ def _declines(language: Language) -> frozenset[str]:
 
 
 def classify(question: Question, text: str) -> Outcome:
-    """Judge the whole text generated for a question; surrounding and doubled spaces do not count."""
+    """Judge the whole text generated for a question; surplus spaces do not count."""
     said = re.sub(r"\s+", " ", text).strip()
     if said in _declines(question.language):
         return Outcome.DECLINED

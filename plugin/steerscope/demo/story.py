@@ -90,9 +90,9 @@ class _Story:
 
     def _introduce(self, eager: bool, compiled: bool) -> None:
         self._console.print(
-            f"vLLM says: enforce_eager={eager}, compiled={compiled}.  "
-            f"OpenAI API {self._server.base_url}/v1 · gRPC {self._server.grpc_address} · "
-            f"metrics {self._server.metrics_url}"
+            f"vLLM says: enforce_eager={eager}, compiled={compiled}.\n"
+            f"OpenAI API {self._server.base_url}/v1\ngRPC       {self._server.grpc_address}\n"
+            f"metrics    {self._server.metrics_url}"
         )
         self._console.print(
             "In each strip below, a token's colour is one feature at that token, read inside the "
@@ -130,8 +130,9 @@ class _Story:
         self._console.rule("4. What Prometheus saw")
         old = set(before.splitlines())
         for line in self._server.metrics().splitlines():
-            if line not in old and line.startswith(_TOLD_METRICS):
-                self._console.print(escape(line))
+            moved = line not in old and not line.endswith(" 0.0")
+            if moved and line.startswith(_TOLD_METRICS):
+                self._console.print(escape(line), soft_wrap=True)
 
     async def _evaluate(self, asker: Asker) -> dict[str, Any]:
         self._console.rule("5. Does it hold? Held-out names and phrasings, both languages")
@@ -158,7 +159,7 @@ class _Story:
         self._console.print(f"  [italic]{escape(answer.text)}[/italic]  ({outcome})")
         tokens = strip.tokens(self._server, question.question, answer)
         for line in strip.lines(tokens, completion):
-            self._console.print(f"  {line}")
+            self._console.print(f"  {line}", soft_wrap=True)
         scores = ", ".join(f"{s.signal} {s.score:.2f} {s.label}" for s in completion.signals)
         self._console.print(f"  {scores}", style="dim")
 

@@ -50,8 +50,17 @@ def lines(tokens: Sequence[str], completion: Completion) -> list[str]:
             _cell(f" {token} ", _level(value, top))
             for token, value in zip(tokens[track.first_position :], track.activations, strict=False)
         ]
-        made.append(f"{name:>15} " + "".join(cells))
+        peak = _peak(tokens[track.first_position :], track.activations)
+        made.append(f"{name:>15} {peak} " + "".join(cells))
     return made
+
+
+def _peak(tokens: Sequence[str], activations: Sequence[float]) -> str:
+    """Where it is strongest, in words: colours may not be shown."""
+    at = max(range(len(activations)), key=activations.__getitem__)
+    if activations[at] <= 0.0:
+        return f"{'silent':<22}"
+    return escape(f"{activations[at]:5.1f} at {tokens[at]!r}"[:22].ljust(22))
 
 
 def _level(value: float, top: float) -> int:

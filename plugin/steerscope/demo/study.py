@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from steerscope.demo.catalog import Catalog, CatalogFeature, Policy, Signal
 from steerscope.demo.circuit import Circuit, Harvest, Lab, controls, find_circuit
-from steerscope.demo.concepts import Concept, asks, find_attributes, find_values, firing, states
+from steerscope.demo.concepts import Concept, find_attributes, find_values, firing, says, states
 from steerscope.demo.confidence import (
     Doubtful,
     fit_readout,
@@ -17,15 +17,18 @@ from steerscope.demo.confidence import (
     hallucination_risk,
     known_confidence,
 )
+from steerscope.demo.dictionary import DictionarySettings
 from steerscope.demo.entities import VALUES
 from steerscope.demo.harvest import Answered, answer_all
 from steerscope.demo.interventions import Feature
+from steerscope.demo.phrasings import LANGUAGES, Language
 from steerscope.demo.populations import choosing, fitting
 from steerscope.demo.probes import auroc_interval
 from steerscope.demo.scoring import auroc
-from steerscope.demo.world import Question
+from steerscope.demo.world import Question, all_questions
 
 _SHARED_FROM: Final = ("field", "profession", "instrument", "sport")
+_LEAST_SUPPORT: Final = 8
 _HELD_OUT: Final = "held-out names and phrasings"
 Told = Callable[[str], None]
 
@@ -80,20 +83,39 @@ def study(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int, told: Told) 
     features = (
         *_circuit_entries(circuit),
         *_readout_entries(readouts),
-        *_concept_entries(attributes[:2], shared[0]),
+        *_concept_entries(attributes[:2], _told_of_enough(shared)),
         *_control_entries(circuit, seed),
     )
     return Catalog(features, readouts.signals, _policies(circuit, seed))
+
+
+def _told_of_enough(ranked: list[Concept]) -> Concept:
+    """Return the best concept that enough held-out questions are about, in each language."""
+    for concept in ranked:
+        holds = _concept_holds(concept.name)
+        told = [[q for q in held_out_known(lang) if holds(q)] for lang in LANGUAGES]
+        if min(len(asked) for asked in told) >= _LEAST_SUPPORT:
+            return concept
+    raise ValueError("no concept is asked about often enough")
+
+
+def held_out_known(language: Language) -> list[Question]:
+    """Return every held-out question about the known persons kept for reports."""
+    return all_questions("known", language, "held_out", "test", "person")
 
 
 def _ranked(what: str, concepts: list[Concept]) -> str:
     return f"{what}: " + ", ".join(f"{c.name} {c.score:.2f}" for c in concepts[:6])
 
 
+def _dictionary_name(settings: DictionarySettings) -> str:
+    return f"BatchTopK, {settings.d_sae} latents, k={settings.k}, seed {settings.seed}"
+
+
 def _dictionary_source(circuit: Circuit) -> dict[str, str]:
     settings = circuit.unknown.settings
     return {
-        "sae": f"BatchTopK, {settings.d_sae} latents, k={settings.k}, seed {settings.seed}, trained here",
+        "sae": _dictionary_name(settings),
         "latent": str(circuit.unknown.latent),
         "sae_threshold": f"{circuit.unknown.dictionary.threshold:.4f}",
         "unexplained_variance": f"{circuit.unknown.dictionary.unexplained:.4f}",
@@ -106,16 +128,16 @@ def _circuit_entries(circuit: Circuit) -> tuple[CatalogFeature, ...]:
         CatalogFeature(
             circuit.unknown.feature,
             "Unknown entity (can't answer)",
-            "Active at the last token of a name the model does not know; it makes the model decline. "
-            "The threshold may be raised above the dictionary's own, on dev, to spare other tokens.",
+            "Active at the last token of a name the model does not know; it makes the model "
+            "decline. Its threshold may be raised, on dev, above the dictionary's own.",
             "sae_latent",
             _dictionary_source(circuit),
         ),
         CatalogFeature(
             circuit.known,
             "Known entity (probe)",
-            "A fitted read-out, not a dictionary latent: log-odds that a token ends a name the model "
-            "knows; negative at unknown names and at every other token. Read-only.",
+            "A fitted read-out, not a dictionary latent: log-odds that a token ends a name the "
+            "model knows; negative at unknown names and at every other token. Read-only.",
             "probe",
             {"fit": "logistic regression against unknown names, other tokens and side questions"},
         ),
@@ -127,7 +149,7 @@ def _readout_entries(readouts: Readouts) -> tuple[CatalogFeature, ...]:
         CatalogFeature(
             readouts.readout,
             "Takes the name for known (read-out)",
-            "Log-odds, at the prompt's last token, that the model takes the name asked about for known. "
+            "Log-odds, at the prompt's last token, that the model takes the name for known. "
             "It lies above the edited layer, so steering moves it. Read-only.",
             "probe",
             {"fit": "logistic regression, known against unknown names, at the prompt's last token"},
@@ -135,7 +157,7 @@ def _readout_entries(readouts: Readouts) -> tuple[CatalogFeature, ...]:
         CatalogFeature(
             readouts.recall,
             "Recall confidence",
-            "Log-odds that the stated fact is recalled rather than guessed: its lowest value over the "
+            "Log-odds that the stated fact is recalled, not guessed: its lowest value over the "
             "generated tokens tells, reached just before the value. Read-only.",
             "probe",
             {"fit": "logistic loss on the lowest score over generated tokens, right against wrong"},
@@ -147,8 +169,8 @@ def _concept_entries(attributes: list[Concept], shared: Concept) -> tuple[Catalo
     entries = [
         CatalogFeature(
             concept.feature,
-            f"Asked: {concept.name.removeprefix('asks_').replace('_', ' ')}",
-            "Active from the prompt's last token on when this attribute is asked, in English or French.",
+            f"About to state: {concept.name.removeprefix('states_').replace('_', ' ')}",
+            "Active on the way to an answer that states this attribute, in English or French.",
             "sae_latent",
             _concept_source(concept),
         )
@@ -168,9 +190,7 @@ def _concept_entries(attributes: list[Concept], shared: Concept) -> tuple[Catalo
 
 
 def _concept_source(concept: Concept) -> dict[str, str]:
-    settings = concept.settings
-    sae = f"BatchTopK, {settings.d_sae} latents, k={settings.k}, seed {settings.seed}, trained here"
-    return {"sae": sae, "latent": str(concept.latent)}
+    return {"sae": _dictionary_name(concept.settings), "latent": str(concept.latent)}
 
 
 def _control_entries(circuit: Circuit, seed: int) -> tuple[CatalogFeature, ...]:
@@ -193,8 +213,8 @@ def _policies(circuit: Circuit, seed: int) -> tuple[Policy, ...]:
     return (
         Policy(
             "force-known",
-            "Turn the unknown-entity latent off wherever it is active in the prompt: the model answers "
-            "about names it does not know.",
+            "Turn the unknown-entity latent off wherever it is active in the prompt: the model "
+            "answers about names it does not know.",
             known_edit,
         ),
         Policy(
@@ -211,11 +231,11 @@ def _policies(circuit: Circuit, seed: int) -> tuple[Policy, ...]:
 
 
 def _concept_holds(name: str) -> Callable[[Question], bool]:
-    if name.startswith("asks_"):
-        return asks(name.removeprefix("asks_"))
+    if name.startswith("states_"):
+        return states(name.removeprefix("states_"))
     word = name.removeprefix("says_")
     value = next(v for a in _SHARED_FROM for v in VALUES[a] if v.en == word)
-    return states(value.en, value.fr)
+    return says(value.en, value.fr)
 
 
 def concept_evidence(feature: Feature, answers: list[Answered]) -> dict[str, object]:
@@ -263,7 +283,7 @@ def with_evidence(catalog: Catalog, report: Mapping[str, Any], answers: list[Ans
     evidence["known_entity_readout"] = evidence["known_entity_confidence"]
     evidence["recall_confidence"] = {"used_in": "hallucination_risk"}
     for entry in catalog.features:
-        if entry.feature.name.startswith(("asks_", "says_")):
+        if entry.feature.name.startswith(("states_", "says_")):
             evidence[entry.feature.name] = concept_evidence(entry.feature, answers)
     return Catalog(
         tuple(replace(e, evidence=evidence.get(e.feature.name, {})) for e in catalog.features),

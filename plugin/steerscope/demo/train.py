@@ -23,8 +23,9 @@ from steerscope.demo.catalog import Catalog, write_catalog
 from steerscope.demo.evaluate import REPORT_SEED, Bench, evaluate, printed
 from steerscope.demo.model import ModelSize
 from steerscope.demo.paths import ARTIFACTS_DIR
+from steerscope.demo.phrasings import LANGUAGES
 from steerscope.demo.populations import reporting
-from steerscope.demo.study import study, with_evidence
+from steerscope.demo.study import held_out_known, study, with_evidence
 from steerscope.demo.tokenizer import build_tokenizer, save_tokenizer
 from steerscope.demo.training import TrainingSettings, train_model
 
@@ -73,7 +74,8 @@ def catalogue(
 def _judged(catalog: Catalog, report: dict[str, object], model_dir: Path) -> Catalog:
     bench = Bench(model_dir, catalog)
     asked = reporting(REPORT_SEED)
-    answers = bench.answer([*asked.known, *asked.side], capture=True)
+    known = [question for language in LANGUAGES for question in held_out_known(language)]
+    answers = bench.answer([*known, *asked.unknown, *asked.side], capture=True)
     return with_evidence(catalog, report, answers)
 
 

@@ -86,7 +86,7 @@ def stated(
     split: str,
     told: lexicon.Word | None = None,
 ) -> Question:
-    """Ask for a fact of an entity and answer with its true value, or with what is `told` instead."""
+    """Ask for a fact of an entity; answer with its true value, or with what is `told`."""
     value = getattr(told or dict(entity.facts)[attribute], language)
     answer = ANSWERED[attribute, language].format(v=value)
     question = template.format(e=entity.name)
@@ -140,9 +140,10 @@ def _unknown(
     ]
 
 
-def _of_split(
+def all_questions(
     split: Split, language: Language, phrasing: Phrasing, pool: Pool, kind: Kind
 ) -> list[Question]:
+    """Return every question about the taught facts of one split of the names in one pool."""
     chosen = [
         (entity, attribute)
         for entity in entities()
@@ -178,7 +179,7 @@ def questions(
     if split == "unknown":
         _require_count(count)
         return _unknown(language, count, rng, phrasing, names, kind)
-    found = _of_split(split, language, phrasing, names, kind)
+    found = all_questions(split, language, phrasing, names, kind)
     _require_count(count, len(found))
     return rng.sample(found, count)
 

@@ -1,0 +1,227 @@
+import math
+import shutil
+import subprocess
+import threading
+import time
+
+import httpx
+import pytest
+from hub_world import ENGINE, eventually, frame, scrape, start
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from steerscope import __version__
+from steerscope.api.v1 import telemetry_pb2 as pb
+from steerscope.client import Client
+from steerscope.errors import HubError, SpecError
+from steerscope.steering.interventions import Intervention
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def client(hub):
+    with Client(f"127.0.0.1:{hub.grpc_port}") as client:
+        yield client
+
+
+def serve(worker, catalog, name="a", **fields):
+    """A whole request: 3 tokens of prompt, 2 generated, with a prefix hit of 1."""
+    told = start(name, 4, first_position=1, **fields)
+    steered = {2: 3.0, 3: 1.0} if told.policy else {}
+    worker.send(frame(catalog, (name, 1, 3), acts=2.0, started=(told,)))
+    worker.send(
+        frame(catalog, (name, 4, 2), acts=4.0, edited={r - 2: d for r, d in steered.items()})
+    )
+    worker.send(frame(catalog, finished=(name,)))
+
+
+def test_a_report_tells_all_that_was_seen_and_done(client, worker, catalog):
+    edits = (Intervention(feature="known", clamp=6.0),)
+    serve(worker, catalog, policy="force-known", interventions=edits)
+    report = client.get_request_report("a", wait=5.0)
+    assert report.name == "requests/a"
+    assert report.state == pb.REQUEST_STATE_FINISHED
+    assert (report.catalog_digest, report.plugin_version) == (catalog.digest, __version__)
+    (completion,) = report.completions
+    assert (completion.model_name, completion.engine) == ("demo", "0")
+    assert (completion.policy, completion.steering_digest) == ("force-known", "d1")
+    assert (completion.num_prompt_tokens, completion.num_observed_tokens) == (4, 5)
+    assert not completion.complete
+    assert [(u.reason, u.num_tokens) for u in completion.unobserved] == [
+        (pb.UNOBSERVED_REASON_PREFIX_CACHE, 1)
+    ]
+    steering = completion.steering
+    assert (steering.num_tokens, steering.first_position, steering.last_position) == (2, 4, 5)
+    assert (steering.dose_mean, steering.dose_max) == (0.5, 0.5)
+    scores = {s.signal: s for s in completion.signals}
+    assert scores["at_question"].score == pytest.approx(0.5)
+    assert scores["in_answer"].score == pytest.approx(1 / (1 + math.exp(-2.0)))
+    assert scores["in_answer"].label == "high"
+    assert not scores["whole_prompt"].HasField("score")
+    assert scores["whole_prompt"].label == "unobserved"
+    tracks = {t.feature: t for t in completion.features}
+    assert tracks["known"].first_position == 1
+    assert list(tracks["known"].activations) == [2.0, 2.0, 2.0, 4.0, 4.0]
+    assert list(tracks["known"].deltas) == [0.0, 0.0, 0.0, 3.0, 1.0]
+    assert not tracks["late"].deltas
+
+
+def test_a_request_that_nobody_knows_is_not_found(client):
+    with pytest.raises(HubError, match="NOT_FOUND"):
+        client.get_request_report("nobody")
+
+
+def test_a_wait_that_nothing_ends_is_over_in_time(client):
+    begun = time.monotonic()
+    with pytest.raises(HubError, match="NOT_FOUND"):
+        client.get_request_report("nobody", wait=0.4)
+    assert 0.3 < time.monotonic() - begun < 2.0
+
+
+def test_a_negative_wait_is_refused(client):
+    with pytest.raises(SpecError) as caught:
+        client.get_request_report("a", wait=-1.0)
+    assert caught.value.field == "wait"
+
+
+def test_a_running_request_is_reported_as_it_is(client, worker, catalog):
+    worker.send(frame(catalog, ("a", 0, 3), started=(start("a", 3),)))
+    report = client.get_request_report("a", wait=0.5)
+    assert report.state == pb.REQUEST_STATE_RUNNING
+    assert report.completions[0].complete
+    assert not report.completions[0].signals
+
+
+def test_a_wait_begun_before_the_request_ends_with_it(client, worker, catalog):
+    answers = []
+    waiting = threading.Thread(
+        target=lambda: answers.append(client.get_request_report("a", wait=10.0))
+    )
+    waiting.start()
+    time.sleep(0.2)
+    serve(worker, catalog)
+    waiting.join(5.0)
+    assert answers[0].state == pb.REQUEST_STATE_FINISHED
+
+
+def test_the_children_of_a_request_share_its_report(client, worker, catalog):
+    told = tuple(start(f"{i}_x", 2, external_id="x") for i in (0, 1))
+    worker.send(frame(catalog, ("0_x", 0, 2), ("1_x", 0, 2), started=told))
+    worker.send(frame(catalog, finished=("0_x",)))
+    report = client.get_request_report("x", wait=0.5)
+    assert report.state == pb.REQUEST_STATE_RUNNING
+    worker.send(frame(catalog, finished=("1_x",)))
+    report = client.get_request_report("x", wait=5.0)
+    assert [c.request_id for c in report.completions] == ["0_x", "1_x"]
+    assert report.state == pb.REQUEST_STATE_FINISHED
+
+
+def test_a_watcher_hears_of_start_and_end_without_activations(client, worker, catalog):
+    events = client.watch_requests()
+    serve(worker, catalog)
+    started, finished = next(events), next(events)
+    assert started.WhichOneof("event") == "started"
+    assert started.started.name == "requests/a"
+    assert started.started.state == pb.REQUEST_STATE_RUNNING
+    assert finished.WhichOneof("event") == "finished"
+    assert len(finished.finished.completions[0].signals) == 3
+    assert not finished.finished.completions[0].features
+    events.close()
+
+
+def test_a_slow_watcher_is_told_how_much_it_missed(client, worker, catalog):
+    events = client.watch_requests()
+    count = 6000
+    names = [f"{'n' * 900}{i}" for i in range(count)]  # long, so that buffers fill
+    for at in range(0, count, 50):
+        batch = names[at : at + 50]
+        started = tuple(start(name, 1) for name in batch)
+        worker.send(frame(catalog, *((n, 0, 1) for n in batch), started=started))
+    worker.send(frame(catalog, ("last", 0, 1), started=(start("last", 1),)))
+    client.get_request_report("last", wait=3.0)
+    received = missed = 0
+    for event in events:
+        received += 1
+        missed += event.missed
+        if event.started.name == "requests/last":
+            break
+    assert missed > 0
+    assert received + missed == count + 1
+    events.close()
+
+
+def test_features_are_listed_with_what_can_be_done_to_them(client):
+    features = {f.name: f for f in client.list_features()}
+    assert list(features) == ["features/known", "features/late", "features/unknown"]
+    assert features["features/known"].steerable
+    assert not features["features/late"].steerable
+    assert features["features/known"].label == "Known entity"
+    assert client.get_feature("late").layer == 2
+    with pytest.raises(HubError, match="NOT_FOUND"):
+        client.get_feature("nobody")
+
+
+def test_the_report_is_json_over_http_too(hub, worker, client, catalog):
+    serve(worker, catalog)
+    client.get_request_report("a", wait=5.0)
+    url = f"http://127.0.0.1:{hub.http_port}/v1/steerscope/requests"
+    report = httpx.get(f"{url}/a", timeout=5).json()
+    assert report["name"] == "requests/a"
+    assert report["completions"][0]["num_observed_tokens"] == 5
+    missing = httpx.get(f"{url}/nobody", timeout=5)
+    assert missing.status_code == 404
+    assert "nobody" in missing.json()["error"]["message"]
+
+
+def test_health_is_told_over_http(hub):
+    assert httpx.get(f"http://127.0.0.1:{hub.http_port}/health", timeout=5).status_code == 200
+
+
+def test_a_served_request_moves_the_metrics(hub, worker, client, catalog):
+    serve(worker, catalog, policy="force-known")
+    client.get_request_report("a", wait=5.0)
+    metrics = scrape(hub.http_port)
+    for name, value, labels in (
+        ("steerscope_observed_tokens_total", 3, {"phase": "prompt"}),
+        ("steerscope_observed_tokens_total", 2, {"phase": "generation"}),
+        ("steerscope_unobserved_tokens_total", 1, {"reason": "prefix_cache"}),
+        ("steerscope_signal_requests_total", 1, {"signal": "in_answer", "label": "high"}),
+        ("steerscope_signal_requests_total", 1, {"signal": "whole_prompt", "label": "unobserved"}),
+        ("steerscope_signal_score_ratio_count", 1, {"signal": "in_answer"}),
+        ("steerscope_signal_score_ratio_count", 0, {"signal": "whole_prompt"}),
+        ("steerscope_frames_total", 3, {}),
+        ("steerscope_readout_lag_seconds_count", 3, {}),
+        ("steerscope_step_overhead_seconds_count", 3, {}),
+        ("steerscope_steering_dose_ratio_count", 2, {}),
+    ):
+        assert metrics.value(name, **ENGINE, **labels) == value, (name, labels)
+    assert f'version="{__version__}"' in metrics.text
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_nothing_to_complain_about(hub, worker, client, catalog):
+    serve(worker, catalog, policy="force-known")
+    client.get_request_report("a", wait=5.0)
+    text = scrape(hub.http_port).text
+    done = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_openmetrics_is_spoken_to_who_asks_for_it(hub, worker, catalog):
+    worker.send(frame(catalog))
+    eventually(lambda: "steerscope_frames_total{" in scrape(hub.http_port).text)
+    accept = "application/openmetrics-text; version=1.0.0"
+    reply = httpx.get(
+        f"http://127.0.0.1:{hub.http_port}/metrics", headers={"accept": accept}, timeout=5
+    )
+    assert reply.headers["content-type"].startswith("application/openmetrics-text")
+    assert reply.text.endswith("# EOF\n")
+    families = {f.name: f.type for f in text_string_to_metric_families(reply.text)}
+    assert families["steerscope_frames"] == "counter"
+    assert families["steerscope_signal_score_ratio"] == "histogram"

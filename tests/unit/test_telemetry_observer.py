@@ -1,0 +1,247 @@
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+from steerscope.catalog import store
+from steerscope.export.instruments import INSTRUMENTS, Kind, bounds_for
+from steerscope.export.prometheus import HubCollector
+from steerscope.steering.interventions import Intervention, Phase
+from steerscope.telemetry import frames
+from steerscope.telemetry.histograms import HistogramArray
+from steerscope.telemetry.observer import Observer
+from steerscope.telemetry.requests import Limits
+from steerscope.telemetry.totals import FrameLoss, HubTotals
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
+
+from hub_world import ENGINE, Metrics, frame, start, write_catalog
+
+pytestmark = pytest.mark.timeout(30)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return store.load(write_catalog(tmp_path_factory.mktemp("observer") / "catalog"))
+
+
+class World:
+    """An observer and what a scrape of it says."""
+
+    def __init__(self, catalog):
+        self.catalog = catalog
+        self.totals = HubTotals()
+        self.events = []
+        self.observer = Observer(
+            catalog,
+            Limits(100, 60.0, 4096),
+            bounds_for(catalog.signals),
+            self.totals,
+            self,
+            lambda name: name if name == "force-known" else "unknown",
+        )
+
+    def started(self, track):
+        self.events.append(("started", track.start.request_id))
+
+    def finished(self, track):
+        self.events.append(("finished", track.start.request_id))
+
+    def take(self, made, now_ns=2_000_000_000):
+        payload = made if isinstance(made, bytes) else frames.encode(made)
+        self.observer.take(payload, now_ns)
+
+    def scrape(self):
+        registry = CollectorRegistry(auto_describe=False)
+        labels = ["force-known", "inline", "unknown"]
+        registry.register(HubCollector(self.catalog, self.observer, self.totals, lambda: labels))
+        return Metrics(generate_latest(registry).decode())
+
+    def value(self, name, **labels):
+        return self.scrape().value(name, **{**ENGINE, **labels})
+
+
+@pytest.fixture
+def world(catalog):
+    return World(catalog)
+
+
+def test_a_listener_hears_of_each_start_and_end_once(world, catalog):
+    world.take(frame(catalog, ("a", 0, 1), started=(start("a", 1),)))
+    world.take(frame(catalog, ("a", 1, 1), started=(start("a", 1),)))
+    world.take(frame(catalog, finished=("a",)))
+    assert world.events == [("started", "a"), ("finished", "a")]
+
+
+def test_tokens_are_counted_by_phase(world, catalog):
+    world.take(frame(catalog, ("a", 0, 5), started=(start("a", 3),)))
+    assert world.value("steerscope_observed_tokens_total", phase="prompt") == 3
+    assert world.value("steerscope_observed_tokens_total", phase="generation") == 2
+
+
+def test_activations_fall_into_the_bucket_of_their_upper_bound(world, catalog):
+    acts = [[0.0, 0, 0], [0.5, 0, 0], [0.51, 0, 0], [1000.0, 0, 0]]
+    world.take(frame(catalog, ("a", 0, 4), acts=acts, started=(start("a", 4),)))
+    series = {"feature": "known", "phase": "prompt"}
+    name = "steerscope_feature_activation"
+    for le, count in (("0.0", 1), ("0.5", 2), ("1.0", 3), ("64.0", 3), ("+Inf", 4)):
+        assert world.value(f"{name}_bucket", le=le, **series) == count
+    assert world.value(f"{name}_sum", **series) == pytest.approx(1001.01)
+    assert world.value("steerscope_feature_active_tokens_total", **series) == 3
+
+
+def test_everything_declared_is_there_at_zero_from_an_engines_first_frame(world, catalog):
+    world.take(frame(catalog))
+    metrics = world.scrape()
+    for name, labels in (
+        ("steerscope_signal_requests_total", {"signal": "in_answer", "label": "unobserved"}),
+        ("steerscope_signal_score_ratio_count", {"signal": "at_question"}),
+        ("steerscope_feature_activation_count", {"feature": "late", "phase": "generation"}),
+        ("steerscope_feature_active_tokens_total", {"feature": "late", "phase": "prompt"}),
+        ("steerscope_steered_tokens_total", {"feature": "known", "op": "clamp"}),
+        ("steerscope_unobserved_tokens_total", {"reason": "prefix_cache"}),
+        ("steerscope_frames_dropped_total", {"reason": "not_sent"}),
+        ("steerscope_steering_requests_total", {"policy": "force-known", "outcome": "applied"}),
+    ):
+        assert metrics.value(name, **ENGINE, **labels) == 0, name
+
+
+def test_bounds_of_labels_are_bounds_of_the_score(world, catalog):
+    world.take(frame(catalog))
+    bucket = "steerscope_signal_score_ratio_bucket"
+    assert world.value(bucket, signal="in_answer", le="0.35") == 0
+
+
+def test_only_steerable_features_have_steered_tokens(world, catalog):
+    world.take(frame(catalog))
+    assert world.value("steerscope_steered_tokens_total", feature="late", op="clamp") is None
+
+
+def test_steered_tokens_are_counted_under_the_op_that_covered_them(world, catalog):
+    edits = (
+        Intervention(feature="known", clamp=6.0, phase=Phase.PROMPT),
+        Intervention(feature="known", add=1.0, phase=Phase.GENERATION),
+    )
+    told = (start("a", 2, policy="force-known", interventions=edits),)
+    edited = {0: 1.0, 1: 1.0, 2: 1.0}
+    for _ in range(2):
+        world.take(frame(catalog, ("a", 0, 4), started=told, edited=edited))
+    count = "steerscope_steered_tokens_total"
+    assert world.value(count, feature="known", op="clamp") == 2
+    assert world.value(count, feature="known", op="add") == 1
+    assert world.value("steerscope_steering_dose_ratio_count") == 3
+    applied = {"policy": "force-known", "outcome": "applied"}
+    assert world.value("steerscope_steering_requests_total", **applied) == 1
+
+
+def test_a_policy_without_a_known_name_is_labelled_unknown(world, catalog):
+    world.take(frame(catalog, ("a", 0, 1), started=(start("a", 1, policy="made-up"),)))
+    labels = {"policy": "unknown", "outcome": "applied"}
+    assert world.value("steerscope_steering_requests_total", **labels) == 1
+    assert "made-up" not in world.scrape().text
+
+
+def test_a_lost_token_is_counted_once_though_seen_missing_and_reported(world, catalog):
+    world.take(frame(catalog, ("a", 0, 2), started=(start("a", 2),)))
+    world.take(frame(catalog, ("a", 5, 1), dropped=1, dropped_tokens=4))
+    lost = "steerscope_unobserved_tokens_total"
+    assert world.value(lost, reason="dropped_frame") == 4
+    assert world.value("steerscope_frames_dropped_total", reason="not_sent") == 1
+
+
+def test_a_restarted_worker_counts_its_losses_from_zero(world, catalog):
+    world.take(frame(catalog, dropped=5, dropped_tokens=50))
+    world.take(frame(catalog, dropped=1, dropped_tokens=10))
+    assert world.value("steerscope_frames_dropped_total", reason="not_sent") == 6
+    assert world.value("steerscope_unobserved_tokens_total", reason="dropped_frame") == 60
+
+
+def test_a_frame_for_another_catalog_is_refused_and_counted(world, catalog):
+    foreign = frame(catalog, ("a", 0, 3), started=(start("a", 3),), catalog_digest="other")
+    world.take(foreign)
+    assert world.value("steerscope_frames_dropped_total", reason="catalog_mismatch") == 1
+    assert world.value("steerscope_unobserved_tokens_total", reason="catalog_mismatch") == 3
+    assert world.observer.ledger.report("a") == ()
+
+
+def broken(catalog):
+    good = frame(catalog, ("a", 0, 2), started=(start("a", 2),))
+    site = good.sites[0]
+    replace = msgspec.structs.replace
+
+    def with_site(**fields):
+        return replace(good, sites=(replace(site, **fields),))
+
+    return {
+        "not MessagePack": b"\xff\x00garbage",
+        "empty": b"",
+        "cut short": frames.encode(good)[:-5],
+        "another version": replace(good, version=99),
+        "offsets that fall": replace(good, query_start_loc=(0, -2)),
+        "offsets not from zero": replace(good, query_start_loc=(1, 2)),
+        "no offsets": replace(good, query_start_loc=()),
+        "a negative position": replace(good, positions=(-1,)),
+        "a position beyond reason": replace(good, positions=(1 << 40,)),
+        "a start beyond reason": replace(good, started=(start("a", 2, first_position=-4),)),
+        "an unknown site": with_site(site="resid_post.7"),
+        "no features": with_site(num_features=0, acts=b""),
+        "the wrong number of features": with_site(num_features=1, acts=site.acts[:8]),
+        "acts of the wrong size": with_site(acts=site.acts[:-4]),
+        "edits out of range": with_site(
+            edit_tokens=np.array([9], np.int32).tobytes(),
+            edit_deltas=bytes(8),
+            edit_doses=bytes(4),
+        ),
+        "ragged edits": with_site(
+            edit_tokens=b"\x00" * 5, edit_deltas=bytes(8), edit_doses=b"0000"
+        ),
+    }
+
+
+def test_a_malformed_frame_is_counted_and_changes_nothing_else(world, catalog):
+    for count, (what, payload) in enumerate(broken(catalog).items(), start=1):
+        world.take(payload)
+        assert world.totals.frames_lost[FrameLoss.MALFORMED] == count, what
+    assert world.events == []
+    world.take(frame(catalog, ("a", 0, 2), started=(start("a", 2),)))
+    assert world.value("steerscope_observed_tokens_total", phase="prompt") == 2
+
+
+def test_the_delay_of_a_frame_is_measured_from_its_readout(world, catalog):
+    world.take(frame(catalog, monotonic_ns=1_000_000_000), now_ns=1_004_000_000)
+    assert world.value("steerscope_readout_lag_seconds_bucket", le="0.0025") == 0
+    assert world.value("steerscope_readout_lag_seconds_bucket", le="0.005") == 1
+
+
+def test_a_request_that_fell_silent_counts_as_unobserved(world, catalog):
+    world.take(frame(catalog, ("a", 0, 2), started=(start("a", 2),)), now_ns=0)
+    world.observer.expire(61_000_000_000)
+    labels = {"signal": "at_question", "label": "unobserved"}
+    assert world.value("steerscope_signal_requests_total", **labels) == 1
+
+
+def test_every_family_in_a_scrape_is_declared_and_every_declared_one_is_there(world, catalog):
+    world.take(frame(catalog))
+    lines = world.scrape().text.splitlines()
+    kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    assert kinds == {i.name: i.kind.value for i in INSTRUMENTS}
+
+
+def test_names_carry_their_units():
+    suffixes = {"s": "_seconds", "1": ("_ratio", "_activation", "_info")}
+    for instrument in INSTRUMENTS:
+        assert instrument.name.startswith("steerscope_")
+        if instrument.kind is Kind.COUNTER:
+            assert instrument.name.endswith("_total")
+        else:
+            assert instrument.name.endswith(suffixes[instrument.unit])
+
+
+def test_a_histograms_sum_never_falls():
+    histogram = HistogramArray((0.0, 1.0), 2)
+    histogram.observe(np.array([0, 0, 1]), np.array([-5.0, 2.0, 0.5], np.float32))
+    assert histogram.counts.tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert histogram.sums.tolist() == [2.0, 0.5]
