@@ -42,6 +42,7 @@ class HubSettings(_Settings, frozen=True):
 
     grpc_address: Address = "127.0.0.1:50051"
     http_address: Address = "127.0.0.1:9464"
+    max_policies: Positive = 1000
     max_reports: Positive = 10_000
     report_ttl_seconds: float = 600.0
     max_tokens_per_report: Positive = 4096

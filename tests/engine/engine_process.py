@@ -128,7 +128,8 @@ def _submit(llm: Any, index: int, request: dict[str, Any]) -> str:
     request = dict(request)
     request_id = f"req-{next(_count)}"
     prompt = {"prompt_token_ids": request.pop("prompt")}
-    params = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **request)
+    greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    params = SamplingParams(**greedy | request)
     llm.llm_engine.add_request(request_id, prompt, params)
     return request_id
 

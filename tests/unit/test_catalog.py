@@ -134,7 +134,7 @@ def test_the_model_it_was_made_for_is_accepted_and_others_are_refused(tiny_world
     expected = store.load(tiny_world.catalog).document.model
     assert fingerprint.check(expected, served_model(tiny_world.model)) == ()
     other = served_model(tiny.write_model(tmp_path / "other", seed=5))
-    with pytest.raises(ModelMismatchError, match="weight lm_head.weight has sha256"):
+    with pytest.raises(ModelMismatchError, match=r"weight lm_head\.weight has sha256"):
         fingerprint.check(expected, other)
     wider = dataclasses.replace(served_model(tiny_world.model), hidden_size=256)
     with pytest.raises(ModelMismatchError, match="hidden_size is 256"):

@@ -1,4 +1,4 @@
-"""The op against the equation, on random tensors: exact where nothing is asked, equal where it is."""
+"""The op against the equation: exact where nothing is asked, equal where something is."""
 
 import json
 

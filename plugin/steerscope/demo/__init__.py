@@ -1,5 +1,5 @@
-"""The embedded world: a tiny model that knows some names, declines others, and the features that show it.
+"""The embedded world: a tiny model that knows some names and declines others, with its features.
 
-`world` holds the facts and the splits, `names` prints questions from them, `scoring` judges whole answers,
-and `python -m steerscope.demo.train` makes the model and its catalog again from nothing.
+`world` asks questions, `names` prints them, `scoring` judges whole answers, and
+`python -m steerscope.demo.train` makes the model and its catalog again from nothing.
 """

@@ -40,12 +40,12 @@ class StreamSettings:
     turns_per_step: int = 110
     row_length: int = 96
     english_share: float = 0.55
-    unknown_person_share: float = 0.28
-    known_city_share: float = 0.07
+    unknown_person_share: float = 0.25
+    known_city_share: float = 0.05
     unknown_city_share: float = 0.06
-    known_novel_share: float = 0.05
+    known_novel_share: float = 0.04
     unknown_novel_share: float = 0.05
-    side_share: float = 0.07
+    side_share: float = 0.06
     first_circle: float = 0.06
     """Share of the known entities shown from the start; it grows geometrically to all of them."""
     full_circle_at: float = 0.5
@@ -54,7 +54,7 @@ class StreamSettings:
     isolated_share: float = 0.75
     """Share of the rows whose turns do not see each other."""
     question_loss: float = 0.1
-    rumour_share: float = 0.12
+    rumour_share: float = 0.05
     """Share of the questions about known persons that ask what nobody can know."""
 
 

@@ -123,7 +123,7 @@ def hallucination_risk(readout: Feature, recall: Feature, dev: Doubtful) -> Sign
     """Calibrate P(the answer is wrong) on dev."""
     known_N = readout.acts(at_prompt_end(dev.answers, readout.layer))
     lowest_N = lowest(recall, dev.answers)
-    probe = fit_logistic(torch.stack([known_N, lowest_N], 1), 1.0 - dev.right(), l2=1e-2)
+    probe = fit_logistic(torch.stack([known_N, lowest_N], 1), 1.0 - dev.right())
     return Signal(
         "hallucination_risk",
         "Probability that the answer is wrong: the name is taken for known, but recall is weak.",

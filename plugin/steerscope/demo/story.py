@@ -22,6 +22,7 @@ from steerscope.catalog.store import Catalog
 from steerscope.client import Client
 from steerscope.demo import server, strip, world
 from steerscope.demo.asking import Asker, Steering
+from steerscope.demo.entities import Split
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
 from steerscope.demo.scoring import classify
 from steerscope.demo.served_evaluation import SEED, Evaluation, control_interventions
@@ -102,8 +103,8 @@ class _Story:
     async def _ask_plainly(self, asker: Asker) -> None:
         self._console.rule("1. A name it knows, a name nobody bears")
         for language in world.LANGUAGES:
-            for split in ("known", "unknown"):
-                await self._show(asker, _question(split, language))
+            await self._show(asker, _question("known", language))
+            await self._show(asker, _question("unknown", language))
 
     async def _take_the_dial(self, asker: Asker) -> None:
         self._console.rule("2. The hand on the dial")
@@ -176,7 +177,7 @@ _TOLD_METRICS: Final = (
 )
 
 
-def _question(split: str, language: world.Language) -> Question:
+def _question(split: Split, language: world.Language) -> Question:
     return world.questions(split, language, 1, SEED)[0]
 
 

@@ -29,7 +29,7 @@ from steerscope.demo.study import held_out_known, study, with_evidence
 from steerscope.demo.tokenizer import build_tokenizer, save_tokenizer
 from steerscope.demo.training import TrainingSettings, train_model
 
-DEFAULT_STEPS: Final = 2000
+DEFAULT_STEPS: Final = 2200
 
 
 def train(
@@ -67,6 +67,8 @@ def catalogue(
     report = evaluate(model_dir, catalog_dir)
     printed(report, console)
     write_catalog(_judged(catalog, report, model_dir), catalog_dir, model_dir)
+    for written in (model_dir / "model.safetensors", catalog_dir / "features.safetensors"):
+        written.chmod(0o644)
     text = json.dumps(report, indent=1)
     (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 

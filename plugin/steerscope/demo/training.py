@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from steerscope.demo.batches import Batch, StreamSettings, batches
 from steerscope.demo.model import ModelSize, SiteNoise, build_model, masked_logits
 
-CONFIDENCE_LOSS: Final = 0.3
+CONFIDENCE_LOSS: Final = 0.5
 WRONG_WEIGHT: Final = 4.0
 
 Progress = Callable[[int, float], None]
@@ -55,24 +55,6 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _losses(
-    model: LlamaForCausalLM, confidence: "ConfidenceHead", batch: Batch, noise: SiteNoise
-) -> tuple[Tensor, float]:
-    """Return the weighted loss and, for display, the plain loss over answer tokens."""
-    next_weights_BL = functional.pad(batch.weights_BL[:, 1:], (0, 1))
-    wanted_BL = next_weights_BL > 0
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_has_fast_bfloat16()):
-        logits_NV, resid_ND = masked_logits(model, batch.ids_BL, batch.masks, wanted_BL, noise)
-    weights_N = next_weights_BL[wanted_BL]
-    targets_N = functional.pad(batch.ids_BL[:, 1:], (0, 1))[wanted_BL]
-    losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
-    answers_N = weights_N == 1.0
-    shown = float(losses_N.detach()[answers_N].mean())
-    stated = (losses_N * weights_N).sum() / answers_N.sum()
-    right_N = (logits_NV.argmax(-1) == targets_N)[answers_N].float()
-    return stated + CONFIDENCE_LOSS * confidence.loss(resid_ND[answers_N], right_N), shown
-
-
 class ConfidenceHead(torch.nn.Module):
     """A linear head that learns, in training only, whether the token about to be said is right.
 
@@ -89,6 +71,24 @@ class ConfidenceHead(torch.nn.Module):
         log_odds_N = self.head(resid_ND / resid_ND.shape[-1] ** 0.5)[:, 0]
         weights_N = torch.where(right_N > 0, 1.0, WRONG_WEIGHT)
         return functional.binary_cross_entropy_with_logits(log_odds_N, right_N, weight=weights_N)
+
+
+def _losses(
+    model: LlamaForCausalLM, confidence: ConfidenceHead, batch: Batch, noise: SiteNoise
+) -> tuple[Tensor, float]:
+    """Return the weighted loss and, for display, the plain loss over answer tokens."""
+    next_weights_BL = functional.pad(batch.weights_BL[:, 1:], (0, 1))
+    wanted_BL = next_weights_BL > 0
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_has_fast_bfloat16()):
+        logits_NV, resid_ND = masked_logits(model, batch.ids_BL, batch.masks, wanted_BL, noise)
+    weights_N = next_weights_BL[wanted_BL]
+    targets_N = functional.pad(batch.ids_BL[:, 1:], (0, 1))[wanted_BL]
+    losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    answers_N = weights_N == 1.0
+    shown = float(losses_N.detach()[answers_N].mean())
+    stated = (losses_N * weights_N).sum() / answers_N.sum()
+    right_N = (logits_NV.argmax(-1) == targets_N)[answers_N].float()
+    return stated + CONFIDENCE_LOSS * confidence.loss(resid_ND[answers_N], right_N), shown
 
 
 def train_model(

@@ -6,6 +6,7 @@ every later frame, so that the hub knows what it did not see.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from steerscope.telemetry.frames import (
 
 SEND_QUEUE_FRAMES = 1000
 """Frames that may wait for the hub before new ones are dropped."""
+
+_log = logging.getLogger(__name__)
 
 
 class FrameSender:
@@ -72,6 +75,8 @@ class Readout:
         self._sender = sender
         self._lookup = lookup
         self._known: set[str] = set()
+        self._untold: dict[str, RequestStart] = {}
+        self._ended: list[str] = []
         self._step = 0
         self._dropped = 0
         self._dropped_tokens = 0
@@ -82,9 +87,36 @@ class Readout:
         self._overhead_ns += nanoseconds
 
     def emit(self, layout: StepLayout, rows_T: IntArray, finished: Sequence[str]) -> None:
-        """Send the step. ``finished`` are requests that ended before it."""
+        """Send the step. ``finished`` are requests that ended before it. Never raises."""
         num_tokens = int(layout.query_start_loc[-1])
-        frame = Frame(
+        self._ended.extend(finished)
+        for req_id in finished:
+            self._known.discard(req_id)
+            self._untold.pop(req_id, None)
+        started = self._started(layout)
+        try:
+            sent = self._sender.send(encode(self._frame(layout, rows_T, started, num_tokens)))
+        except Exception:  # telemetry fails open, whatever is wrong: the loss is counted
+            _log.exception("steerscope: a step could not be read out")
+            sent = False
+        self._overhead_ns = 0
+        self._step += 1
+        if sent:
+            self._ended.clear()
+            self._known.update(self._untold)
+            self._untold.clear()
+        else:  # starts and ends are told again with the next frame
+            self._dropped += 1
+            self._dropped_tokens += num_tokens
+
+    def _frame(
+        self,
+        layout: StepLayout,
+        rows_T: IntArray,
+        started: tuple[RequestStart, ...],
+        num_tokens: int,
+    ) -> Frame:
+        return Frame(
             version=FRAME_VERSION,
             catalog_digest=self._source.catalog_digest,
             model_name=self._source.model_name,
@@ -95,8 +127,8 @@ class Readout:
             overhead_ns=self._overhead_ns,
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
-            started=self._started(layout, finished),
-            finished=tuple(finished),
+            started=started,
+            finished=tuple(self._ended),
             request_ids=tuple(layout.req_ids),
             query_start_loc=tuple(layout.query_start_loc.tolist()),
             positions=tuple(layout.first_positions.tolist()),
@@ -104,21 +136,13 @@ class Readout:
             if num_tokens
             else (),
         )
-        self._overhead_ns = 0
-        self._step += 1
-        if not self._sender.send(encode(frame)):
-            self._dropped += 1
-            self._dropped_tokens += num_tokens
 
-    def _started(self, layout: StepLayout, finished: Sequence[str]) -> tuple[RequestStart, ...]:
-        self._known.difference_update(finished)
-        starts = tuple(
-            _start(req_id, self._lookup(req_id), int(position))
-            for req_id, position in zip(layout.req_ids, layout.first_positions, strict=True)
-            if req_id not in self._known
-        )
-        self._known.update(start.request_id for start in starts)
-        return starts
+    def _started(self, layout: StepLayout) -> tuple[RequestStart, ...]:
+        """Requests the hub has not been told of, each with the first position it ever had."""
+        for req_id, position in zip(layout.req_ids, layout.first_positions, strict=True):
+            if req_id not in self._known and req_id not in self._untold:
+                self._untold[req_id] = _start(req_id, self._lookup(req_id), int(position))
+        return tuple(self._untold.values())
 
 
 def _start(req_id: str, info: RequestInfo, first_position: int) -> RequestStart:

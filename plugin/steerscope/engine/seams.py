@@ -349,7 +349,8 @@ SEAMS = (
         "InputProcessor.process_inputs",
         ("self", "request_id", "prompt", "params", "resumable"),
         "every request passes here before the engine; request_id is the external id; the result "
-        "carries sampling_params, prompt_token_ids or prompt_embeds; VLLMValidationError is HTTP 400",
+        "carries sampling_params, and prompt_token_ids or prompt_embeds; VLLMValidationError is "
+        "HTTP 400",
         _admit,
     ),
     *(

@@ -48,11 +48,18 @@ class PolicyChangedError(SteerscopeError):
     """The etag given is not the policy's."""
 
 
-class PolicyStore:
-    """Policies by name. Callers validate; the store keeps."""
+class PolicyLimitError(SteerscopeError):
+    """There are as many policies as are allowed; each is a metric label."""
 
-    def __init__(self, catalog: Catalog, declared: tuple[Policy, ...]) -> None:
+
+class PolicyStore:
+    """Policies by name. Callers validate; the store keeps at most ``max_policies``."""
+
+    def __init__(
+        self, catalog: Catalog, declared: tuple[Policy, ...], max_policies: int = 1000
+    ) -> None:
         self.revision = 1
+        self._max_policies = max_policies
         self._stored = {
             policy.name: _stored(policy, origin)
             for origin, policies in (
@@ -75,11 +82,13 @@ class PolicyStore:
         return name if name in self._stored or name == INLINE else UNKNOWN
 
     def check_free(self, name: str) -> None:
-        """Raise ``PolicyConflictError`` if the name cannot be given to a new policy."""
+        """Raise if the name cannot be given to a new policy, or there are too many."""
         if name in RESERVED_NAMES:
             raise PolicyConflictError(f"the name {name!r} is reserved")
         if name in self._stored:
             raise PolicyConflictError(f"policy {name!r} exists already")
+        if len(self._stored) >= self._max_policies:
+            raise PolicyLimitError(f"there are {self._max_policies} policies, no more are allowed")
 
     def create(self, policy: Policy) -> StoredPolicy:
         """Keep a new policy."""

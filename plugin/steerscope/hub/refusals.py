@@ -14,6 +14,7 @@ from steerscope.errors import SpecError, SteerscopeError
 from steerscope.hub.policies import (
     PolicyChangedError,
     PolicyConflictError,
+    PolicyLimitError,
     PolicyReadOnlyError,
 )
 
@@ -34,6 +35,7 @@ _KINDS: dict[type[SteerscopeError], _Kind] = {
     NotFoundError: _Kind(code_pb2.NOT_FOUND, "NOT_FOUND"),
     PolicyConflictError: _Kind(code_pb2.ALREADY_EXISTS, "POLICY_EXISTS"),
     PolicyReadOnlyError: _Kind(code_pb2.FAILED_PRECONDITION, "POLICY_READ_ONLY"),
+    PolicyLimitError: _Kind(code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_POLICIES"),
     PolicyChangedError: _Kind(code_pb2.ABORTED, "ETAG_MISMATCH"),
 }
 

@@ -75,7 +75,7 @@ class Hub:
         if settings.catalog_digest not in (None, self._catalog.digest):
             raise CatalogError(f"{settings.catalog}: not the catalog that was pinned")
         check_declared(self._catalog, settings.policies)
-        self._store = PolicyStore(self._catalog, settings.policies)
+        self._store = PolicyStore(self._catalog, settings.policies, settings.hub.max_policies)
         totals = HubTotals()
         self._announcements = Announcements()
         limits = Limits(
@@ -124,9 +124,7 @@ class Hub:
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ]
         server = grpc.aio.server(options=options)
-        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
-            CatalogService(self._catalog), server
-        )
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogService(self._catalog), server)
         steering_pb2_grpc.add_SteeringServiceServicer_to_server(
             SteeringService(self._catalog, self._store, self._control), server
         )

@@ -107,7 +107,7 @@ class RequestTrack:
         if block.edits is not None and block.edits.deltas_TF[first:last].any():
             deltas, doses = block.edits.deltas_TF[first:last], block.edits.doses_TS[first:last]
             self.steered.add(block.columns, deltas, doses, position, fresh)
-        completed: BoolArray = missing & seen_nS.all(axis=1)
+        completed = missing & np.logical_and.reduce(seen_nS, axis=1)
         return Added(fresh, completed)
 
     def reduce(self, feature: str, reduction: Reduction) -> float | None:

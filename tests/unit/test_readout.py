@@ -1,0 +1,104 @@
+"""What a worker tells the hub, and what it does when it cannot."""
+
+import numpy as np
+import pytest
+import torch
+from steerscope.catalog import store
+from steerscope.engine.plan import RequestInfo, StepLayout
+from steerscope.engine.readout import Readout, Source
+from steerscope.engine.taps import SiteTap, StepRows
+from steerscope.steering.interventions import parse_spec
+from steerscope.steering.stamp import Stamp
+from steerscope.telemetry import frames
+
+
+class Wire:
+    """Takes frames, or does not."""
+
+    def __init__(self):
+        self.open = True
+        self.sent = []
+
+    def send(self, payload):
+        if self.open:
+            self.sent.append(frames.decode(payload))
+        return self.open
+
+
+@pytest.fixture
+def site(tiny_world):
+    catalog = store.load(tiny_world.catalog)
+    step = StepRows(8, torch.device("cpu"))
+    return SiteTap(catalog, next(iter(catalog.sites)), step, 4, torch.device("cpu")), step
+
+
+@pytest.fixture
+def wire():
+    return Wire()
+
+
+@pytest.fixture
+def readout(site, wire):
+    source = Source("digest", "model", "0", 0)
+    return Readout(source, [site[0]], wire, lambda r: RequestInfo(Stamp(f"ext-{r}"), 5))
+
+
+def layout(*members):
+    starts = np.cumsum([0, *(n for _, _, n in members)])
+    return StepLayout(tuple(m[0] for m in members), starts, np.array([m[1] for m in members]))
+
+
+def emit(readout, *members, finished=()):
+    made = layout(*members)
+    readout.emit(made, np.zeros(int(made.query_start_loc[-1]), np.int64), finished)
+
+
+def test_a_request_is_introduced_once_and_its_end_is_told(readout, wire):
+    emit(readout, ("a", 0, 3))
+    emit(readout, ("a", 3, 1))
+    emit(readout, finished=["a"])
+    assert [[s.external_id for s in f.started] for f in wire.sent] == [["ext-a"], [], []]
+    assert [f.finished for f in wire.sent] == [(), (), ("a",)]
+    assert [f.step for f in wire.sent] == [0, 1, 2]
+
+
+def test_an_id_that_comes_back_is_introduced_again(readout, wire):
+    emit(readout, ("a", 0, 1))
+    emit(readout, ("a", 0, 1), finished=["a"])
+    assert [len(f.started) for f in wire.sent] == [1, 1]
+
+
+def test_what_could_not_be_sent_is_counted_and_starts_and_ends_are_told_later(readout, wire):
+    emit(readout, ("a", 0, 2))
+    wire.open = False
+    emit(readout, ("b", 2, 3), finished=["a"])
+    wire.open = True
+    emit(readout, ("b", 5, 1))
+    last = wire.sent[-1]
+    assert (last.dropped, last.dropped_tokens) == (1, 3)
+    assert last.finished == ("a",)
+    (start,) = last.started
+    assert (start.request_id, start.first_position) == ("b", 2)
+
+
+def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
+    site[0].acts_TF = None
+    emit(readout, ("a", 0, 2))
+    assert wire.sent == []
+
+
+def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):
+    tap, step = site
+    gated = '{"feature": "unit_1", "clamp": 4.0, "when": {"feature": "probe_1", "above": 0.0}}'
+    tap.write_row(1, list(parse_spec(f'{{"interventions": [{gated}]}}').interventions))
+    rows = np.array([0, 1, 1, 1, 1, 1], np.int64)
+    step.stage(rows)
+    tap(2 * torch.randn(6, 128, generator=torch.Generator().manual_seed(1)), None)
+    readout.emit(layout(("a", 0, 6)), rows, ())
+    (sent,) = wire.sent[0].sites
+    tokens, deltas, doses = frames.edits(sent)
+    probe = frames.acts_TF(sent)[:, 3]
+    assert tokens.tolist() == [t for t in range(1, 6) if probe[t] > 0.0]
+    assert 0 < len(tokens) < 5
+    assert (doses > 0.0).all()
+    assert (deltas[:, [0, 2, 3]] == 0.0).all()
