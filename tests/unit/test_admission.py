@@ -39,6 +39,7 @@ def test_a_policy_is_resolved_by_name(admission):
             "steering.interventions[0].feature",
         ),
         ({"steering_policy": "push"}, "steering_policy"),
+        ({"steerscope_report": 1}, "steerscope_report"),
         ({"steerscope": b"forged"}, "steerscope"),
         (
             {

@@ -34,6 +34,7 @@ SETTINGS: Final[Mapping[str, str]] = {
 
 START_TIMEOUT_SECONDS: Final = 300.0
 STOP_TIMEOUT_SECONDS: Final = 30.0
+FOLLOW_TIMEOUT_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +157,15 @@ def _wait(server: DemoServer) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the children of its session."""
+    """End the server; its children follow by themselves, or are made to."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_SECONDS)
+    deadline = time.monotonic() + FOLLOW_TIMEOUT_SECONDS
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import logging
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -43,6 +44,8 @@ async def _serve(settings: config.Settings, arguments: argparse.Namespace) -> No
     async with Hub(settings, arguments.endpoint).serving() as ports:
         _tell({"ready": True, "grpc_port": ports.grpc, "http_port": ports.http})
         await run_until_orphaned(arguments.parent_pid, stopping)
+    # The launcher made the folder, but may be gone by now.
+    shutil.rmtree(arguments.endpoint, ignore_errors=True)
 
 
 def _settings(source: str) -> config.Settings:

@@ -24,6 +24,7 @@ from steerscope.steering.interventions import (
 )
 
 STEERING_KEY = "steering"
+REPORT_KEY = "steerscope_report"
 INLINE = "inline"
 UNKNOWN = "unknown"
 
@@ -61,6 +62,8 @@ class Admission:
         """Read the steering flag; None when there is none. Raises ``SpecError``."""
         extra_args = extra_args or {}
         for key in extra_args:
+            if key == REPORT_KEY:
+                raise SpecError(key, "not served in the response yet; call GetRequestReport")
             if isinstance(key, str) and key.startswith(_OUR_PREFIX) and key != STEERING_KEY:
                 raise SpecError(key, f"not a key of ours; steering goes under {STEERING_KEY!r}")
         if STEERING_KEY not in extra_args:
