@@ -94,7 +94,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         engine=str(parallel.data_parallel_index),
         rank=parallel.rank,
     )
-    return EngineRuntime(
+    made = EngineRuntime(
         catalog,
         seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),
         seams.capacity(vllm_config, model_runner, settings.steering.max_rows_per_request),
@@ -104,6 +104,8 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         FrameSender(config.require_hub_endpoint()),
         instance,
     )
+    made.announce()
+    return made
 
 
 def load_catalog(settings: config.Settings) -> Catalog:

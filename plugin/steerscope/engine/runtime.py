@@ -73,6 +73,10 @@ class EngineRuntime:
         self._layout = _EMPTY
         self._rows_T: IntArray = np.zeros(0, np.int64)
 
+    def announce(self) -> None:
+        """Tell the hub that this worker is there, so that its series exist from the start."""
+        self._readout.emit(_EMPTY, self._rows_T, ())
+
     def plan(self, layout: StepLayout) -> None:
         """Lay steering over the step's tokens; the forward may start."""
         began = time.perf_counter_ns()

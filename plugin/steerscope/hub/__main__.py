@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
-import shutil
 import signal
 import sys
 from pathlib import Path
 
+import zmq
+
 from steerscope import config
 from steerscope.errors import SteerscopeError
+from steerscope.hub.protocol import control_address, frames_address
 from steerscope.hub.server import Hub, run_until_orphaned
 
 
@@ -31,7 +34,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s steerscope.hub: %(message)s")
     try:
         asyncio.run(_serve(_settings(arguments.config_json), arguments))
-    except (SteerscopeError, OSError, ValueError) as error:
+    except (SteerscopeError, zmq.ZMQError, OSError, ValueError) as error:
         _tell({"ready": False, "error": str(error)})
         return 1
     return 0
@@ -44,8 +47,15 @@ async def _serve(settings: config.Settings, arguments: argparse.Namespace) -> No
     async with Hub(settings, arguments.endpoint).serving() as ports:
         _tell({"ready": True, "grpc_port": ports.grpc, "http_port": ports.http})
         await run_until_orphaned(arguments.parent_pid, stopping)
-    # The launcher made the folder, but may be gone by now.
-    shutil.rmtree(arguments.endpoint, ignore_errors=True)
+    _tidy(Path(arguments.endpoint))
+
+
+def _tidy(endpoint: Path) -> None:
+    """Remove our sockets, and the folder if it is then empty: its maker may be gone by now."""
+    with contextlib.suppress(OSError):
+        for address in (control_address(str(endpoint)), frames_address(str(endpoint))):
+            Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+        endpoint.rmdir()
 
 
 def _settings(source: str) -> config.Settings:

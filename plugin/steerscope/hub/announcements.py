@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +35,15 @@ class _Watcher:
             self.missed += 1
         self.waiting.append((track, finished))
         self.wake.set()
+
+    async def events(self) -> AsyncIterator[Event]:
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            while self.waiting:
+                track, finished = self.waiting.popleft()
+                missed, self.missed = self.missed, 0
+                yield Event(track, finished, missed)
 
 
 class Announcements:
@@ -70,18 +80,13 @@ class Announcements:
             if not waiting:
                 self._changed.pop(external_id, None)
 
-    async def watch(self) -> AsyncIterator[Event]:
-        """Every event from now on."""
+    @contextmanager
+    def watching(self) -> Iterator[AsyncIterator[Event]]:
+        """Every event from the moment the context is entered."""
         watcher = _Watcher(deque(), asyncio.Event())
         self._watchers.append(watcher)
         try:
-            while True:
-                await watcher.wake.wait()
-                watcher.wake.clear()
-                while watcher.waiting:
-                    track, finished = watcher.waiting.popleft()
-                    missed, watcher.missed = watcher.missed, 0
-                    yield Event(track, finished, missed)
+            yield watcher.events()
         finally:
             self._watchers.remove(watcher)
 

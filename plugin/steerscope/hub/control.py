@@ -65,13 +65,15 @@ class ControlPlane:
     async def run(self) -> None:
         """Serve until cancelled; a message that cannot be read is logged and dropped."""
         while True:
-            identity, payload = await self._socket.recv_multipart()
+            parts = await self._socket.recv_multipart()
             try:
+                identity, payload = parts
                 message = msgspec.msgpack.decode(payload, type=FromFrontend)
-            except msgspec.MsgspecError as error:
+            except (ValueError, msgspec.MsgspecError) as error:
                 _log.warning("malformed message from a front end: %s", error)
-                continue
-            await self._take(identity, message)
+            else:
+                await self._take(identity, message)
+            await asyncio.sleep(0)  # a flood must not starve the other tasks
 
     async def publish(self) -> bool:
         """Push the policies; whether every live front end acked them in time."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from steerscope import __version__
 from steerscope.api.v1 import catalog_pb2, steering_pb2, telemetry_pb2
 from steerscope.catalog.model import Activation, Feature, FeatureKind, Signal, Site
 from steerscope.catalog.store import Catalog
+from steerscope.errors import SpecError
 from steerscope.hub.policies import Origin, StoredPolicy
 from steerscope.steering.interventions import Intervention, Op, Phase, When
 from steerscope.telemetry.tracks import RequestTrack, Unobserved
@@ -91,13 +92,23 @@ def catalog_message(catalog: Catalog) -> catalog_pb2.Catalog:
     )
 
 
-def intervention(message: steering_pb2.Intervention) -> Intervention:
-    """An edit as asked; not yet checked."""
+def interventions(messages: Iterable[steering_pb2.Intervention]) -> tuple[Intervention, ...]:
+    """A policy's edits as asked, not yet checked; ``SpecError`` where there is no such thing."""
+    converted = []
+    for i, message in enumerate(messages):
+        if message.phase not in _PHASES:
+            field = f"policy.interventions[{i}].phase"
+            raise SpecError(field, f"{message.phase} is not a phase")
+        converted.append(_intervention(message))
+    return tuple(converted)
+
+
+def _intervention(message: steering_pb2.Intervention) -> Intervention:
     op = message.WhichOneof("op")
     span = (message.span.start, message.span.end) if message.HasField("span") else None
     return Intervention(
         feature=message.feature.removeprefix(FEATURES),
-        phase=_PHASES.get(message.phase, Phase.ALL),
+        phase=_PHASES[message.phase],
         only_if_active=message.only_if_active,
         when=_when(message.when) if message.HasField("when") else None,
         span=span,

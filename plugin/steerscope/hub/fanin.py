@@ -31,6 +31,7 @@ class FanIn:
         """Feed the observer until cancelled."""
         while True:
             self._observer.take(await self._socket.recv(), time.monotonic_ns())
+            await asyncio.sleep(0)  # a flood must not starve the other tasks
 
     async def expire(self) -> None:
         """Drop old reports, once a second, until cancelled."""

@@ -32,7 +32,10 @@ def application(catalog: Catalog, ledger: RequestLedger, registry: CollectorRegi
             message = f"no request {external_id[:80]!r} is known"
             return JSONResponse({"error": {"code": "NOT_FOUND", "message": message}}, 404)
         made = report_message(external_id, tracks, catalog.digest)
-        return JSONResponse(MessageToDict(made, preserving_proto_field_name=True))
+        tree = MessageToDict(
+            made, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        return JSONResponse(tree)
 
     return Starlette(
         routes=[

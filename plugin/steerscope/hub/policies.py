@@ -12,11 +12,8 @@ import msgspec
 
 from steerscope.catalog.store import Catalog
 from steerscope.errors import SteerscopeError
-from steerscope.steering.admission import INLINE, UNKNOWN
+from steerscope.steering.admission import INLINE, RESERVED_NAMES, UNKNOWN
 from steerscope.steering.interventions import Policy, canonical_json, digest
-
-RESERVED_NAMES = frozenset({INLINE, UNKNOWN})
-"""Label values that stand for something else."""
 
 
 class Origin(enum.Enum):

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc.aio
 import uvicorn
@@ -36,8 +36,9 @@ from steerscope.hub.announcements import Announcements
 from steerscope.hub.control import ControlPlane
 from steerscope.hub.fanin import FanIn
 from steerscope.hub.http import application
-from steerscope.hub.policies import RESERVED_NAMES, PolicyStore
+from steerscope.hub.policies import PolicyStore
 from steerscope.hub.services import CatalogService, SteeringService, TelemetryService
+from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
 from steerscope.telemetry.observer import Observer
 from steerscope.telemetry.requests import Limits
@@ -107,9 +108,12 @@ class Hub:
         loops = (self._control.run(), self._fan_in.run(), self._fan_in.expire())
         tasks = [asyncio.create_task(loop) for loop in loops]
         tasks.append(asyncio.create_task(_serve_http(app, listener)))
+        for task in tasks:
+            task.add_done_callback(_tell_if_lost)
         try:
             yield Ports(grpc_port, listener.getsockname()[1])
         finally:
+            await self._health.enter_graceful_shutdown()
             await server.stop(DRAIN_SECONDS)
             await _cancel(tasks)
             self._control.close()
@@ -126,12 +130,13 @@ class Hub:
         server = grpc.aio.server(options=options)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogService(self._catalog), server)
         steering_pb2_grpc.add_SteeringServiceServicer_to_server(
-            SteeringService(self._catalog, self._store, self._control), server
+            SteeringService(self._catalog, self._settings.steering, self._store, self._control),
+            server,
         )
         telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(
             TelemetryService(self._catalog, self._observer.ledger, self._announcements), server
         )
-        await _add_health(server)
+        self._health = await _health(server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         port = _bind_grpc(server, self._settings.hub.grpc_address)
@@ -188,11 +193,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-async def _add_health(server: grpc.aio.Server) -> None:
+async def _health(server: grpc.aio.Server) -> Any:
     servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     for service in ("", *SERVICES):
         await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return servicer
 
 
 async def _serve_http(app: Starlette, listener: socket.socket) -> None:
@@ -205,6 +211,9 @@ async def _serve_http(app: Starlette, listener: socket.socket) -> None:
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception):
-            _log.error("the hub lost a task: %r", result)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _tell_if_lost(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("the hub lost a part of itself", exc_info=error)

@@ -19,6 +19,7 @@ from steerscope.api.v1 import (
     telemetry_pb2_grpc,
 )
 from steerscope.catalog.store import Catalog
+from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
 from steerscope.hub.announcements import Announcements
 from steerscope.hub.control import ControlPlane
@@ -28,12 +29,13 @@ from steerscope.hub.conversions import (
     REQUESTS,
     catalog_message,
     feature_message,
-    intervention,
+    interventions,
     policy_message,
     report_message,
 )
 from steerscope.hub.policies import Origin, PolicyStore, StoredPolicy
 from steerscope.hub.refusals import NotFoundError, page, plain_name, refusing
+from steerscope.steering.admission import check_asked
 from steerscope.steering.interventions import POLICY_NAME_PATTERN, Policy
 from steerscope.telemetry.requests import RequestLedger
 
@@ -75,8 +77,15 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
 class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
     """What may be asked for by name."""
 
-    def __init__(self, catalog: Catalog, store: PolicyStore, control: ControlPlane) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        settings: SteeringSettings,
+        store: PolicyStore,
+        control: ControlPlane,
+    ) -> None:
         self._catalog = catalog
+        self._settings = settings
         self._store = store
         self._control = control
 
@@ -136,11 +145,11 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
             )
         policy = Policy(
             name=request.policy_id,
-            interventions=tuple(map(intervention, request.policy.interventions)),
+            interventions=interventions(request.policy.interventions),
             description=request.policy.description,
         )
         try:
-            self._catalog.check(policy.spec)
+            check_asked(self._catalog, self._settings, policy.spec)
         except SpecError as error:
             raise error.under("policy") from None
         return policy
@@ -173,13 +182,16 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
     async def WatchRequests(
         self, request: telemetry_pb2.WatchRequestsRequest, context: Any
     ) -> AsyncIterator[telemetry_pb2.WatchRequestsResponse]:
-        # The headers tell the caller that it misses nothing from here on.
-        await context.send_initial_metadata(())
-        async for event in self._announcements.watch():
-            track = event.track
-            report = report_message(track.start.external_id, (track,), self._digest, features=False)
-            kind = "finished" if event.finished else "started"
-            yield telemetry_pb2.WatchRequestsResponse(**{kind: report}, missed=event.missed)
+        with self._announcements.watching() as events:
+            # The headers tell the caller that it misses nothing from here on.
+            await context.send_initial_metadata(())
+            async for event in events:
+                name, track = event.track.start.external_id, event.track
+                report = report_message(name, (track,), self._digest, features=False)
+                kind = "finished" if event.finished else "started"
+                if not event.finished:  # the track may have gone on since
+                    report.state = report.completions[0].state = telemetry_pb2.REQUEST_STATE_RUNNING
+                yield telemetry_pb2.WatchRequestsResponse(**{kind: report}, missed=event.missed)
 
     def _has_finished(self, external_id: str) -> bool:
         tracks = self._ledger.report(external_id)

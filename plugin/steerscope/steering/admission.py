@@ -27,6 +27,8 @@ STEERING_KEY = "steering"
 REPORT_KEY = "steerscope_report"
 INLINE = "inline"
 UNKNOWN = "unknown"
+RESERVED_NAMES = frozenset({INLINE, UNKNOWN})
+"""Policy labels that stand for something else; no policy may bear them."""
 
 _OUR_PREFIX = "steer"
 
@@ -37,6 +39,13 @@ class Asked:
 
     policy: str
     spec: SteeringSpec
+
+
+def check_asked(catalog: Catalog, settings: SteeringSettings, spec: SteeringSpec) -> None:
+    """Raise ``SpecError`` unless the catalog can do it and the operator allows as much."""
+    if len(spec.interventions) > settings.max_interventions:
+        raise SpecError("interventions", f"more than {settings.max_interventions} are not allowed")
+    catalog.check(spec)
 
 
 class Admission:
@@ -100,11 +109,7 @@ class Admission:
             raise SpecError("", f"must be a policy name or a JSON string, got {kind}")
         text = flag.strip()
         asked = Asked(INLINE, parse_spec(text)) if text.startswith("{") else self._named(text)
-        if len(asked.spec.interventions) > self._settings.max_interventions:
-            raise SpecError(
-                "interventions", f"more than {self._settings.max_interventions} are not allowed"
-            )
-        self._catalog.check(asked.spec)
+        check_asked(self._catalog, self._settings, asked.spec)
         return asked
 
     def _named(self, name: str) -> Asked:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from steerscope.catalog.store import Catalog
 from steerscope.errors import ConfigError, SpecError
+from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.interventions import Policy
 
 
@@ -15,6 +16,8 @@ def check_declared(catalog: Catalog, declared: tuple[Policy, ...]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise ConfigError(f"policy {name!r} is declared {count} times")
+        if name in RESERVED_NAMES:
+            raise ConfigError(f"policy {name!r}: the name is reserved")
     for policy in declared:
         try:
             catalog.check(policy.spec)
