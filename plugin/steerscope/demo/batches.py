@@ -40,12 +40,12 @@ class StreamSettings:
     turns_per_step: int = 110
     row_length: int = 96
     english_share: float = 0.55
-    unknown_person_share: float = 0.25
-    known_city_share: float = 0.05
+    unknown_person_share: float = 0.28
+    known_city_share: float = 0.07
     unknown_city_share: float = 0.06
-    known_novel_share: float = 0.04
+    known_novel_share: float = 0.05
     unknown_novel_share: float = 0.05
-    side_share: float = 0.06
+    side_share: float = 0.07
     first_circle: float = 0.06
     """Share of the known entities shown from the start; it grows geometrically to all of them."""
     full_circle_at: float = 0.5
@@ -54,8 +54,10 @@ class StreamSettings:
     isolated_share: float = 0.75
     """Share of the rows whose turns do not see each other."""
     question_loss: float = 0.1
-    rumour_share: float = 0.05
+    rumour_share: float = 0.0
     """Share of the questions about known persons that ask what nobody can know."""
+    shows_tail: bool = True
+    """Whether tail persons are shown, each as often as the world says."""
 
 
 class Turn(NamedTuple):
@@ -122,6 +124,8 @@ class QuestionStream:
     def _tail_schedule(self) -> dict[int, list[Entity]]:
         """Spread each tail person's showings evenly at random over the last 70% of the steps."""
         schedule: dict[int, list[Entity]] = {}
+        if not self._settings.shows_tail:
+            return schedule
         first = int(self._settings.num_steps * 0.3)
         for entity in entities():
             for _ in range(entity.exposures or 0):
@@ -161,7 +165,8 @@ class QuestionStream:
 
     def _ask_known(self, entity: Entity) -> Question:
         open_to_rumour = entity.kind == "person" and entity.exposures is None
-        if open_to_rumour and self._rng.random() < self._settings.rumour_share:
+        rumour_share = self._settings.rumour_share
+        if open_to_rumour and rumour_share and self._rng.random() < rumour_share:
             return self._ask_rumour(entity)
         while True:
             language = self._language()

@@ -1,6 +1,6 @@
 """Concept features: what is about to be said, in either language.
 
-A concept is a set of questions: those answered by an attribute, or by one value. A latent stands
+A concept is the set of questions that are answered by one attribute. A latent stands
 for a concept when it is active, from the prompt's last token on, for its questions in English and
 in French, and silent otherwise.
 Shape letters: N samples, K latents.
@@ -22,9 +22,7 @@ from steerscope.demo.phrasings import LANGUAGES
 from steerscope.demo.world import Question
 
 ATTRIBUTE_SETTINGS: Final = DictionarySettings(192, 8, seed=0)
-VALUE_SETTINGS: Final = DictionarySettings(512, 8, num_steps=1200, seed=0)
 ATTRIBUTE_LAYER: Final = 3
-VALUE_LAYER: Final = 4
 
 Holds = Callable[[Question], bool]
 
@@ -72,11 +70,6 @@ def states(attribute: str) -> Holds:
     return lambda question: question.attribute == attribute and question.split != "unknown"
 
 
-def says(en: str, fr: str) -> Holds:
-    """Return whether the expected answer states a value, in whichever language."""
-    return lambda question: question.answer.rstrip(".").endswith((f" {en}", f" {fr}"))
-
-
 def _found(
     dictionary: Dictionary, settings: DictionarySettings, layer: int,
     peaks_NK: Tensor, answers: Sequence[Answered], name: str, holds: Holds,
@@ -96,21 +89,6 @@ def find_attributes(harvest: Harvest) -> list[Concept]:
             f"states_{attribute}", states(attribute),
         )
         for attribute in PERSON_ATTRIBUTES
-    ]  # fmt: skip
-    return sorted(found, key=lambda concept: -concept.score)
-
-
-def find_values(harvest: Harvest, values: Sequence[tuple[str, str]]) -> list[Concept]:
-    """Rank the latents that stand for one value in both languages, best first."""
-    answers = harvest.known
-    dictionary = train_dictionary(all_tokens(harvest.everyone, VALUE_LAYER), VALUE_SETTINGS)
-    peaks_NK = _peaks(dictionary, answers, VALUE_LAYER)
-    found = [
-        _found(
-            dictionary, VALUE_SETTINGS, VALUE_LAYER, peaks_NK, answers,
-            f"says_{en}", says(en, fr),
-        )
-        for en, fr in values
     ]  # fmt: skip
     return sorted(found, key=lambda concept: -concept.score)
 

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from steerscope.catalog.store import Catalog
 from steerscope.client import Client
@@ -45,6 +45,14 @@ class Asked:
     def count(self, test: Callable[[Outcome], bool]) -> int:
         """How many answers pass."""
         return sum(map(test, self.outcomes()))
+
+
+class _Judged(NamedTuple):
+    """One natural answer: what it amounts to, the signal's risk, the baseline's surprise."""
+
+    outcome: Outcome
+    risk: float
+    surprise: float
 
 
 class Evaluation:
@@ -119,23 +127,36 @@ class Evaluation:
         }
 
     def _auroc(self, known: Asked, unknown: Asked, others: list[Asked]) -> dict[str, Any]:
-        """Known against unknown names; then wrong against right among all that was answered."""
+        """Known against unknown names; then wrong answers against everything else.
+
+        The harder question, wrong against right among what was answered at all, stands
+        beside it: a signal can be good at the first by knowing who declines.
+        """
         confidence = [self._scores(asked, "known_entity_confidence") for asked in (known, unknown)]
-        risk: dict[bool, list[float]] = {True: [], False: []}
-        baseline: dict[bool, list[float]] = {True: [], False: []}
-        for asked in (known, unknown, *others):
-            scores = self._scores(asked, "hallucination_risk")
-            for outcome, answer, score in zip(asked.outcomes(), asked.answers, scores, strict=True):
-                if outcome.answered:
-                    wrong = outcome is Outcome.WRONG
-                    risk[wrong].append(score)
-                    baseline[wrong].append(-min(answer.logprobs))
+        judged = [
+            _Judged(outcome, score, -min(answer.logprobs))
+            for asked in (known, unknown, *others)
+            for outcome, answer, score in zip(
+                asked.outcomes(),
+                asked.answers,
+                self._scores(asked, "hallucination_risk"),
+                strict=True,
+            )
+        ]
+        answered = [each for each in judged if each.outcome.answered]
         return {
             "known_entity_confidence": auroc(*confidence),
-            "hallucination_risk": auroc(risk[True], risk[False]),
-            "baseline_logprob": auroc(baseline[True], baseline[False]),
-            "n_known_unknown": [len(scores) for scores in confidence],
-            "n_wrong_right": [len(risk[True]), len(risk[False])],
+            "hallucination_risk": _wrong_auroc(judged, lambda each: each.risk),
+            "baseline_logprob": _wrong_auroc(judged, lambda each: each.surprise),
+            "hallucination_risk_among_answered": _wrong_auroc(answered, lambda each: each.risk),
+            "baseline_logprob_among_answered": _wrong_auroc(answered, lambda each: each.surprise),
+            "n": {
+                "known": len(known.answers),
+                "unknown": len(unknown.answers),
+                "judged": len(judged),
+                "answered": len(answered),
+                "wrong": sum(each.outcome is Outcome.WRONG for each in judged),
+            },
         }
 
     def _scores(self, asked: Asked, signal: str) -> list[float]:
@@ -159,6 +180,12 @@ class Evaluation:
             self._progress()
         pairs = zip(alone, mixed[: len(texts)], strict=True)
         return sum(before.token_ids != after.token_ids for before, after in pairs)
+
+
+def _wrong_auroc(judged: Sequence[_Judged], score: Callable[[_Judged], float]) -> float:
+    wrong = [score(each) for each in judged if each.outcome is Outcome.WRONG]
+    rest = [score(each) for each in judged if each.outcome is not Outcome.WRONG]
+    return auroc(wrong, rest)
 
 
 def control_interventions(catalog: Catalog, policy: str, direction: int) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ class _Story:
             for part in (self._ask_plainly, self._take_the_dial, self._write_a_policy):
                 await part(asker)
             self._show_metrics(before)
+            self._client.delete_policy(STORY_POLICY)
             told = time.monotonic() - began
             report = await self._evaluate(asker)
         report["seconds"]["story"] = round(told, 1)
@@ -125,7 +126,6 @@ class _Story:
         )
         self._say(f"CreatePolicy {STORY_POLICY!r} answered; the next request may use it by name.")
         await self._show(asker, _question("known", "fr"), STORY_POLICY)
-        self._client.delete_policy(STORY_POLICY)
 
     def _show_metrics(self, before: str) -> None:
         self._console.rule("4. What Prometheus saw")
@@ -190,8 +190,8 @@ def _table(report: dict[str, Any]) -> Table:
         for name in ("max_answered", "max_declined"):
             if name in row:
                 table.add_row("  the strongest of them", f"{row[name]:.3f}", "", "")
-    for name in ("known_entity_confidence", "hallucination_risk", "baseline_logprob"):
-        table.add_row(f"AUROC {name}", f"{report['auroc'][name]:.3f}", "", "")
+    for name, label in _AUROC_ROWS.items():
+        table.add_row(f"AUROC {label}", f"{report['auroc'][name]:.3f}", "", "")
     table.add_row("neighbours changed", str(report["neighbours_changed"]), "", "")
     return table
 
@@ -204,4 +204,12 @@ _ROWS: Final = {
     "force_unknown_on_known": "force-unknown: known names declined",
     "control_on_known": "  same size, random latents",
     "side": "questions about nobody, under force-known",
+}
+
+_AUROC_ROWS: Final = {
+    "known_entity_confidence": "known_entity_confidence, known against made-up",
+    "hallucination_risk": "hallucination_risk, wrong against all else",
+    "baseline_logprob": "  least token probability",
+    "hallucination_risk_among_answered": "hallucination_risk, wrong against right",
+    "baseline_logprob_among_answered": "  least token probability",
 }

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from steerscope.demo.catalog import Catalog, CatalogFeature, Policy, Signal
 from steerscope.demo.circuit import Circuit, Harvest, Lab, controls, find_circuit
-from steerscope.demo.concepts import Concept, find_attributes, find_values, firing, says, states
+from steerscope.demo.concepts import Concept, find_attributes, firing, states
 from steerscope.demo.confidence import (
     Doubtful,
     fit_readout,
@@ -18,17 +18,15 @@ from steerscope.demo.confidence import (
     known_confidence,
 )
 from steerscope.demo.dictionary import DictionarySettings
-from steerscope.demo.entities import VALUES
 from steerscope.demo.harvest import Answered, answer_all
 from steerscope.demo.interventions import Feature
-from steerscope.demo.phrasings import LANGUAGES, Language
+from steerscope.demo.phrasings import Language
 from steerscope.demo.populations import choosing, fitting
 from steerscope.demo.probes import auroc_interval
 from steerscope.demo.scoring import auroc
 from steerscope.demo.world import Question, all_questions
 
-_SHARED_FROM: Final = ("field", "profession", "instrument", "sport")
-_LEAST_SUPPORT: Final = 8
+NUM_CONCEPTS: Final = 3
 _HELD_OUT: Final = "held-out names and phrasings"
 Told = Callable[[str], None]
 
@@ -78,34 +76,19 @@ def study(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int, told: Told) 
     readouts = _readouts(ask, harvest, doubtful, seed)
     told("looking for concepts")
     attributes = find_attributes(harvest)
-    shared = find_values(harvest, [(v.en, v.fr) for a in _SHARED_FROM for v in VALUES[a]])
-    told(_ranked("attributes", attributes) + "; " + _ranked("values", shared))
+    told(", ".join(f"{concept.name} {concept.score:.2f}" for concept in attributes))
     features = (
         *_circuit_entries(circuit),
         *_readout_entries(readouts),
-        *_concept_entries(attributes[:2], _told_of_enough(shared)),
+        *_concept_entries(attributes[:NUM_CONCEPTS]),
         *_control_entries(circuit, seed),
     )
     return Catalog(features, readouts.signals, _policies(circuit, seed))
 
 
-def _told_of_enough(ranked: list[Concept]) -> Concept:
-    """Return the best concept that enough held-out questions are about, in each language."""
-    for concept in ranked:
-        holds = _concept_holds(concept.name)
-        told = [[q for q in held_out_known(lang) if holds(q)] for lang in LANGUAGES]
-        if min(len(asked) for asked in told) >= _LEAST_SUPPORT:
-            return concept
-    raise ValueError("no concept is asked about often enough")
-
-
 def held_out_known(language: Language) -> list[Question]:
     """Return every held-out question about the known persons kept for reports."""
     return all_questions("known", language, "held_out", "test", "person")
-
-
-def _ranked(what: str, concepts: list[Concept]) -> str:
-    return f"{what}: " + ", ".join(f"{c.name} {c.score:.2f}" for c in concepts[:6])
 
 
 def _dictionary_name(settings: DictionarySettings) -> str:
@@ -165,28 +148,18 @@ def _readout_entries(readouts: Readouts) -> tuple[CatalogFeature, ...]:
     )
 
 
-def _concept_entries(attributes: list[Concept], shared: Concept) -> tuple[CatalogFeature, ...]:
-    entries = [
+def _concept_entries(attributes: list[Concept]) -> tuple[CatalogFeature, ...]:
+    return tuple(
         CatalogFeature(
             concept.feature,
             f"About to state: {concept.name.removeprefix('states_').replace('_', ' ')}",
-            "Active on the way to an answer that states this attribute, in English or French.",
+            "One latent for both languages: active on the way to an answer that states this "
+            "attribute, in English or French.",
             "sae_latent",
             _concept_source(concept),
         )
         for concept in attributes
-    ]
-    word = shared.name.removeprefix("says_")
-    entries.append(
-        CatalogFeature(
-            shared.feature,
-            f"Concept: {word}",
-            f"Active when the answer to come is '{word}', whichever language it will be said in.",
-            "sae_latent",
-            _concept_source(shared),
-        )
     )
-    return tuple(entries)
 
 
 def _concept_source(concept: Concept) -> dict[str, str]:
@@ -230,17 +203,9 @@ def _policies(circuit: Circuit, seed: int) -> tuple[Policy, ...]:
     )
 
 
-def _concept_holds(name: str) -> Callable[[Question], bool]:
-    if name.startswith("states_"):
-        return states(name.removeprefix("states_"))
-    word = name.removeprefix("says_")
-    value = next(v for a in _SHARED_FROM for v in VALUES[a] if v.en == word)
-    return says(value.en, value.fr)
-
-
 def concept_evidence(feature: Feature, answers: list[Answered]) -> dict[str, object]:
     """Say how often a concept's latent fires for the concept in each language, and otherwise."""
-    holds = _concept_holds(feature.name)
+    holds = states(feature.name.removeprefix("states_"))
     counts = firing(feature, answers, holds)
     peaks = [(_peak(feature, a), holds(a.question)) for a in answers]
     pos, neg = [p for p, h in peaks if h], [p for p, h in peaks if not h]
@@ -283,7 +248,7 @@ def with_evidence(catalog: Catalog, report: Mapping[str, Any], answers: list[Ans
     evidence["known_entity_readout"] = evidence["known_entity_confidence"]
     evidence["recall_confidence"] = {"used_in": "hallucination_risk"}
     for entry in catalog.features:
-        if entry.feature.name.startswith(("states_", "says_")):
+        if entry.feature.name.startswith("states_"):
             evidence[entry.feature.name] = concept_evidence(entry.feature, answers)
     return Catalog(
         tuple(replace(e, evidence=evidence.get(e.feature.name, {})) for e in catalog.features),

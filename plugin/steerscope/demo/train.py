@@ -8,13 +8,20 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
@@ -27,34 +34,42 @@ from steerscope.demo.phrasings import LANGUAGES
 from steerscope.demo.populations import reporting
 from steerscope.demo.study import held_out_known, study, with_evidence
 from steerscope.demo.tokenizer import build_tokenizer, save_tokenizer
-from steerscope.demo.training import TrainingSettings, train_model
+from steerscope.demo.training import (
+    TrainingSettings,
+    confidence_settings,
+    train_confidence,
+    train_model,
+)
 
-DEFAULT_STEPS: Final = 2200
+DEFAULT_STEPS: Final = 2000
+CONFIDENCE_STEPS: Final = 300
 
 
 def train(
     tokenizer: Tokenizer, model_dir: Path, steps: int, seed: int, console: Console
 ) -> LlamaForCausalLM:
-    """Train the model behind a progress bar and save it as stock Llama files."""
+    """Train both stages behind a progress bar and save the model as stock Llama files."""
     settings = TrainingSettings(StreamSettings(num_steps=steps), seed=seed)
     columns = (
-        TextColumn("training"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} answer loss {task.fields[loss]:.4f}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=steps, loss=0.0)
-        model = train_model(
-            tokenizer,
-            ModelSize(),
-            settings,
-            lambda step, loss: bar.update(task, completed=step, loss=loss),
-        )
+        facts = bar.add_task("facts", total=steps, loss=0.0)
+        model = train_model(tokenizer, ModelSize(), settings, _shown(bar, facts))
+        confidence = bar.add_task("confidence", total=CONFIDENCE_STEPS, loss=0.0)
+        second = confidence_settings(CONFIDENCE_STEPS, seed + 1)
+        train_confidence(model, tokenizer, second, _shown(bar, confidence))
     model.save_pretrained(model_dir)
     save_tokenizer(tokenizer, model_dir)
     return model
+
+
+def _shown(bar: Progress, task: TaskID) -> Callable[[int, float], None]:
+    return lambda step, loss: bar.update(task, completed=step, loss=loss)
 
 
 def catalogue(

@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 from steerscope.demo.batches import Batch, StreamSettings, batches
 from steerscope.demo.model import ModelSize, SiteNoise, build_model, masked_logits
 
-CONFIDENCE_LOSS: Final = 0.5
 WRONG_WEIGHT: Final = 4.0
 
 Progress = Callable[[int, float], None]
@@ -56,10 +55,10 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 
 
 class ConfidenceHead(torch.nn.Module):
-    """A linear head that learns, in training only, whether the token about to be said is right.
+    """A linear head that learns, in the second stage, whether the token to be said is right.
 
-    It gives the model a reason to carry its confidence linearly in the last residual stream,
-    where a probe can read it; without it no linear read-out of recall held on new names.
+    It gives the last layer a reason to carry its confidence linearly in its residual stream, where
+    a probe could read it. How far that went is in the measurements.
     """
 
     def __init__(self, width: int) -> None:
@@ -74,7 +73,7 @@ class ConfidenceHead(torch.nn.Module):
 
 
 def _losses(
-    model: LlamaForCausalLM, confidence: ConfidenceHead, batch: Batch, noise: SiteNoise
+    model: LlamaForCausalLM, batch: Batch, noise: SiteNoise, confidence: ConfidenceHead | None
 ) -> tuple[Tensor, float]:
     """Return the weighted loss and, for display, the plain loss over answer tokens."""
     next_weights_BL = functional.pad(batch.weights_BL[:, 1:], (0, 1))
@@ -85,37 +84,67 @@ def _losses(
     targets_N = functional.pad(batch.ids_BL[:, 1:], (0, 1))[wanted_BL]
     losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
     answers_N = weights_N == 1.0
-    shown = float(losses_N.detach()[answers_N].mean())
-    stated = (losses_N * weights_N).sum() / answers_N.sum()
-    right_N = (logits_NV.argmax(-1) == targets_N)[answers_N].float()
-    return stated + CONFIDENCE_LOSS * confidence.loss(resid_ND[answers_N], right_N), shown
+    loss = (losses_N * weights_N).sum() / answers_N.sum()
+    if confidence is not None:
+        right_N = (logits_NV.argmax(-1) == targets_N)[answers_N].float()
+        loss = loss + confidence.loss(resid_ND[answers_N], right_N)
+    return loss, float(losses_N.detach()[answers_N].mean())
 
 
-def train_model(
-    tokenizer: Tokenizer, size: ModelSize, settings: TrainingSettings, progress: Progress
-) -> LlamaForCausalLM:
-    """Train a fresh model and return it in evaluation mode."""
-    torch.manual_seed(settings.seed)
-    model = build_model(tokenizer.get_vocab_size(), size)
-    confidence = ConfidenceHead(size.hidden_size)
+def _optimise(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    settings: TrainingSettings,
+    confidence: ConfidenceHead | None,
+    progress: Progress,
+) -> None:
+    """Run one stage over its stream, training whatever of the model requires gradients."""
     noise = SiteNoise(
         settings.noise_ratio, settings.noisy_rows, torch.Generator().manual_seed(settings.seed)
     )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained += [] if confidence is None else list(confidence.parameters())
     optimizer = torch.optim.AdamW(
-        [*model.parameters(), *confidence.parameters()],
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
+        trained, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     running = 0.0
     for step, batch in enumerate(batches(tokenizer, settings.stream, settings.seed)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        loss, shown = _losses(model, confidence, batch, noise)
+        loss, shown = _losses(model, batch, noise, confidence)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         running = shown if step == 0 else 0.95 * running + 0.05 * shown
         progress(step + 1, running)
+
+
+def train_model(
+    tokenizer: Tokenizer, size: ModelSize, settings: TrainingSettings, progress: Progress
+) -> LlamaForCausalLM:
+    """First stage: train a fresh model on the world."""
+    torch.manual_seed(settings.seed)
+    model = build_model(tokenizer.get_vocab_size(), size)
+    _optimise(model, tokenizer, settings, None, progress)
     return model.eval()
+
+
+def train_confidence(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, settings: TrainingSettings, progress: Progress
+) -> None:
+    """Second stage: only the last layer learns, from rumours, to carry its confidence linearly."""
+    torch.manual_seed(settings.seed)
+    model.requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    confidence = ConfidenceHead(model.config.hidden_size)
+    _optimise(model.train(), tokenizer, settings, confidence, progress)
+    model.requires_grad_(True).eval()
+
+
+def confidence_settings(num_steps: int, seed: int) -> TrainingSettings:
+    """Return the second stage: everyone in circulation, no tail persons, a share of rumours."""
+    stream = StreamSettings(
+        num_steps=num_steps, first_circle=1.0, rumour_share=0.2, shows_tail=False
+    )
+    return TrainingSettings(stream, seed=seed, learning_rate=1.5e-3, warmup_steps=20)
