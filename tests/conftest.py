@@ -30,7 +30,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """The embedded model behind a real, compiled vLLM server; one for the whole run."""
-    from steerscope.demo import server
+    from steerscope.demo.live import server
 
     with server.running(tmp_path_factory.mktemp("demo")) as running:
         yield running

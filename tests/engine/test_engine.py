@@ -8,7 +8,7 @@ import pytest
 import tiny
 from engine_process import EngineProcess, steering
 from steerscope.client import Client
-from steerscope.demo.server import free_ports
+from steerscope.demo.live.server import free_ports
 
 pytestmark = pytest.mark.engine
 

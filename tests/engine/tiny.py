@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.numpy import save_file
 from steerscope.catalog.fingerprint import tensor_digest
-from steerscope.demo.server import free_ports
+from steerscope.demo.live.server import free_ports
 from transformers import LlamaConfig, LlamaForCausalLM
 
 D_MODEL = 128

@@ -7,10 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from steerscope.demo.catalog import Catalog, read_catalog
-from steerscope.demo.interventions import Activation, Feature, Intervention, When, clamp, edited
+from steerscope.demo.making.tokenizer import build_tokenizer, prompt_text
 from steerscope.demo.paths import ARTIFACTS_DIR, CATALOG_DIR, MODEL_DIR
-from steerscope.demo.tokenizer import build_tokenizer, prompt_text
+from steerscope.demo.study.catalog import Catalog, read_catalog
+from steerscope.demo.study.interventions import (
+    Activation,
+    Feature,
+    Intervention,
+    When,
+    clamp,
+    edited,
+)
 
 EIGHT_MEGABYTES = 8 * 1024 * 1024
 

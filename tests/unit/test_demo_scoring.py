@@ -1,8 +1,8 @@
 """Whole answers are judged, and the statistics behind every reported number hold."""
 
 import pytest
-from steerscope.demo.scoring import Outcome, auroc, classify, wilson
 from steerscope.demo.world import Question, questions, side_questions
+from steerscope.demo.world.scoring import Outcome, auroc, classify, wilson
 
 KNOWN = Question(
     "Which sport does Michael Jordan play?",

@@ -5,10 +5,9 @@ import random
 import re
 
 import pytest
-from steerscope.demo import names
-from steerscope.demo.entities import entities, pool_of, unknown_name
-from steerscope.demo.phrasings import LANGUAGES, Attribute, Language, phrasings_of
-from steerscope.demo.world import questions, side_questions, untaught_questions
+from steerscope.demo.world import names, questions, side_questions, untaught_questions
+from steerscope.demo.world.entities import entities, pool_of, unknown_name
+from steerscope.demo.world.phrasings import LANGUAGES, Attribute, Language, phrasings_of
 
 ATTRIBUTES: tuple[Attribute, ...] = (
     "profession", "sport", "instrument", "field", "birthplace", "birth_year",

@@ -7,7 +7,7 @@ import urllib.request
 import openai
 import pytest
 from steerscope.client import Client
-from steerscope.demo.server import MODEL_NAME
+from steerscope.demo.live.server import MODEL_NAME
 
 
 class Http:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from steerscope.demo import server, world
+from steerscope.demo import world
+from steerscope.demo.live import server
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
 
 pytestmark = pytest.mark.server

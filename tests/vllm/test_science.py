@@ -7,9 +7,9 @@ import json
 
 import pytest
 from steerscope.catalog import store
-from steerscope.demo.asking import Asker
+from steerscope.demo.live.asking import Asker
+from steerscope.demo.live.served_evaluation import Evaluation
 from steerscope.demo.paths import CATALOG_DIR
-from steerscope.demo.served_evaluation import Evaluation
 
 pytestmark = pytest.mark.server
 

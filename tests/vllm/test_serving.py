@@ -16,9 +16,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from hf_reference import Reference
 from steerscope.demo import world
+from steerscope.demo.live.server import MODEL_NAME
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
-from steerscope.demo.scoring import Outcome, classify
-from steerscope.demo.server import MODEL_NAME
+from steerscope.demo.world.scoring import Outcome, classify
 from steerscope.errors import SpecError
 
 pytestmark = pytest.mark.server

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser("demo", help="the embedded model and its story")
     parts = demo.add_subparsers(required=True, metavar="PART")
-    from steerscope.demo import names
+    from steerscope.demo.world import names
 
     names_parser = parts.add_parser("names", help="print questions as JSON lines")
     names.add_arguments(names_parser)
@@ -105,14 +105,15 @@ def _demo_path(arguments: argparse.Namespace, _: list[str]) -> int:
 
 
 def _demo_story(arguments: argparse.Namespace, _: list[str]) -> int:
-    from steerscope.demo import story
+    from steerscope.demo.live import story
 
     return story.tell()
 
 
 def _demo_serve(arguments: argparse.Namespace, _: list[str]) -> int:
     from steerscope.cli import serve
-    from steerscope.demo import paths, server
+    from steerscope.demo import paths
+    from steerscope.demo.live import server
 
     return serve.replace_process(paths.CONFIG_FILE, server.vllm_arguments(8000), server.SETTINGS)
 

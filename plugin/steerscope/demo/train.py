@@ -25,21 +25,21 @@ from rich.progress import (
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from steerscope.demo.batches import StreamSettings
-from steerscope.demo.catalog import Catalog, write_catalog
-from steerscope.demo.evaluate import REPORT_SEED, Bench, evaluate, printed
-from steerscope.demo.model import ModelSize
-from steerscope.demo.paths import ARTIFACTS_DIR
-from steerscope.demo.phrasings import LANGUAGES
-from steerscope.demo.populations import reporting
-from steerscope.demo.study import held_out_known, study, with_evidence
-from steerscope.demo.tokenizer import build_tokenizer, save_tokenizer
-from steerscope.demo.training import (
+from steerscope.demo.making.batches import StreamSettings
+from steerscope.demo.making.model import ModelSize
+from steerscope.demo.making.tokenizer import build_tokenizer, save_tokenizer
+from steerscope.demo.making.training import (
     TrainingSettings,
     confidence_settings,
     train_confidence,
     train_model,
 )
+from steerscope.demo.paths import ARTIFACTS_DIR
+from steerscope.demo.study.catalog import Catalog, write_catalog
+from steerscope.demo.study.evaluate import REPORT_SEED, Bench, evaluate, printed
+from steerscope.demo.study.populations import reporting
+from steerscope.demo.study.study import held_out_known, study, with_evidence
+from steerscope.demo.world.phrasings import LANGUAGES
 
 DEFAULT_STEPS: Final = 2000
 CONFIDENCE_STEPS: Final = 300

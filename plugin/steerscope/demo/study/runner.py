@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from steerscope.demo.interventions import Intervention, Phase, edited
-from steerscope.demo.tokenizer import EOS, SPECIALS, prompt_text
+from steerscope.demo.making.tokenizer import EOS, SPECIALS, prompt_text
+from steerscope.demo.study.interventions import Intervention, Phase, edited
 
 MAX_NEW_TOKENS: Final = 16
 _MAX_BATCH: Final = 256

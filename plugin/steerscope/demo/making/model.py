@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from steerscope.demo.tokenizer import EOS, MAX_LENGTH, PAD, SPECIALS
+from steerscope.demo.making.tokenizer import EOS, MAX_LENGTH, PAD, SPECIALS
 
 SITE_LAYER: Final = 2
 """The features live in resid_post of this layer: the last one before a name may be read (see

@@ -1,6 +1,7 @@
 """The gates: whole answers on held-out names and phrasings, from the committed files.
 
-`python -m steerscope.demo.evaluate` prints them; training stores them in the catalog's evidence.
+`python -m steerscope.demo.study.evaluate` prints them; training stores them in the catalog's
+evidence.
 """
 
 import argparse
@@ -17,16 +18,16 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from steerscope.demo.catalog import Catalog, Signal, read_catalog
-from steerscope.demo.confidence import answered_auroc, at_prompt_end, lowest
-from steerscope.demo.harvest import Answered, answer_all, entity_tokens, other_prompt_tokens
-from steerscope.demo.interventions import Feature, Intervention
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
-from steerscope.demo.phrasings import LANGUAGES
-from steerscope.demo.populations import Population, reporting
-from steerscope.demo.probes import auroc_interval
-from steerscope.demo.scoring import Outcome, auroc, wilson
+from steerscope.demo.study.catalog import Catalog, Signal, read_catalog
+from steerscope.demo.study.confidence import answered_auroc, at_prompt_end, lowest
+from steerscope.demo.study.harvest import Answered, answer_all, entity_tokens, other_prompt_tokens
+from steerscope.demo.study.interventions import Feature, Intervention
+from steerscope.demo.study.populations import Population, reporting
+from steerscope.demo.study.probes import auroc_interval
 from steerscope.demo.world import Question
+from steerscope.demo.world.phrasings import LANGUAGES
+from steerscope.demo.world.scoring import Outcome, auroc, wilson
 
 REPORT_SEED: Final = 2026
 _ANSWERED: Final = (Outcome.CORRECT, Outcome.WRONG)
@@ -256,7 +257,9 @@ def printed(report: Report, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate the committed artifacts, or those of another folder."""
-    parser = argparse.ArgumentParser(prog="python -m steerscope.demo.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m steerscope.demo.study.evaluate", description=__doc__
+    )
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--catalog", type=Path, default=CATALOG_DIR)
     parser.add_argument("--seed", type=int, default=REPORT_SEED)

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from steerscope.demo.batches import encode_turns
-from steerscope.demo.interventions import Intervention
-from steerscope.demo.runner import Transcript, run
-from steerscope.demo.scoring import Outcome, classify
+from steerscope.demo.making.batches import encode_turns
+from steerscope.demo.study.interventions import Intervention
+from steerscope.demo.study.runner import Transcript, run
 from steerscope.demo.world import Question
+from steerscope.demo.world.scoring import Outcome, classify
 
 
 @dataclass(frozen=True, slots=True)

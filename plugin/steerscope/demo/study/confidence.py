@@ -10,13 +10,13 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from steerscope.demo.catalog import Signal, Term
-from steerscope.demo.circuit import Harvest
-from steerscope.demo.harvest import Answered
-from steerscope.demo.interventions import Activation, Feature
-from steerscope.demo.model import SITE_LAYER
-from steerscope.demo.probes import Probe, fit_logistic, fit_lowest, fit_two_classes
-from steerscope.demo.scoring import Outcome, auroc
+from steerscope.demo.making.model import SITE_LAYER
+from steerscope.demo.study.catalog import Signal, Term
+from steerscope.demo.study.circuit import Harvest
+from steerscope.demo.study.harvest import Answered
+from steerscope.demo.study.interventions import Activation, Feature
+from steerscope.demo.study.probes import Probe, fit_logistic, fit_lowest, fit_two_classes
+from steerscope.demo.world.scoring import Outcome, auroc
 
 READOUT: Final = "known_entity_readout"
 RECALL: Final = "recall_confidence"

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from steerscope.demo.batches import Batch, StreamSettings, batches
-from steerscope.demo.model import ModelSize, SiteNoise, build_model, masked_logits
+from steerscope.demo.making.batches import Batch, StreamSettings, batches
+from steerscope.demo.making.model import ModelSize, SiteNoise, build_model, masked_logits
 
 WRONG_WEIGHT: Final = 4.0
 

@@ -18,9 +18,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from steerscope.demo.entities import ACTIVITIES, VALUES, Entity, entities, unknown_name
-from steerscope.demo.phrasings import Kind, Language, phrasings_of
-from steerscope.demo.tokenizer import ASSISTANT, PAD, SPECIALS, turn_text
+from steerscope.demo.making.tokenizer import ASSISTANT, PAD, SPECIALS, turn_text
 from steerscope.demo.world import (
     SIDE_ATTRIBUTES,
     Question,
@@ -30,6 +28,8 @@ from steerscope.demo.world import (
     side_question,
     stated,
 )
+from steerscope.demo.world.entities import ACTIVITIES, VALUES, Entity, entities, unknown_name
+from steerscope.demo.world.phrasings import Kind, Language, phrasings_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
-from steerscope.demo.entities import VALUES
-from steerscope.demo.phrasings import ANSWERED, DECLINED, KINDS, Attribute, Language
 from steerscope.demo.world import Question, side_pairs
+from steerscope.demo.world.entities import VALUES
+from steerscope.demo.world.phrasings import ANSWERED, DECLINED, KINDS, Attribute, Language
 
 
 class Outcome(Enum):

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from steerscope.demo.dictionary import Dictionary, DictionarySettings, train_dictionary
-from steerscope.demo.harvest import (
+from steerscope.demo.making.model import SITE_LAYER
+from steerscope.demo.study.dictionary import Dictionary, DictionarySettings, train_dictionary
+from steerscope.demo.study.harvest import (
     Answered,
     all_tokens,
     answer_all,
@@ -24,12 +25,11 @@ from steerscope.demo.harvest import (
     other_prompt_tokens,
     share,
 )
-from steerscope.demo.interventions import Activation, Feature, Intervention, When, clamp
-from steerscope.demo.model import SITE_LAYER
-from steerscope.demo.populations import Population
-from steerscope.demo.probes import fit_two_classes
-from steerscope.demo.scoring import Outcome, auroc
+from steerscope.demo.study.interventions import Activation, Feature, Intervention, When, clamp
+from steerscope.demo.study.populations import Population
+from steerscope.demo.study.probes import fit_two_classes
 from steerscope.demo.world import Question
+from steerscope.demo.world.scoring import Outcome, auroc
 
 NUM_CONTROLS: Final = 12
 _SIZES: Final = ((192, 8), (128, 6), (96, 5))

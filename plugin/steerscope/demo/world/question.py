@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from steerscope.demo import lexicon
-from steerscope.demo.entities import (
+from steerscope.demo.world import lexicon
+from steerscope.demo.world.entities import (
     ACTIVITIES,
     SPLITS,
     Entity,
@@ -22,7 +22,7 @@ from steerscope.demo.entities import (
     pool_of,
     unknown_name,
 )
-from steerscope.demo.phrasings import (
+from steerscope.demo.world.phrasings import (
     ANSWERED,
     DECLINED,
     KINDS,

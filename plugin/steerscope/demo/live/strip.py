@@ -10,8 +10,8 @@ from typing import Final
 from rich.markup import escape
 
 from steerscope.api.v1.telemetry_pb2 import Completion
-from steerscope.demo.asking import Answer
-from steerscope.demo.server import MODEL_NAME, DemoServer
+from steerscope.demo.live.asking import Answer
+from steerscope.demo.live.server import MODEL_NAME, DemoServer
 
 FEATURES: Final = ("unknown_entity", "known_entity")
 

@@ -5,9 +5,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from steerscope.demo.entities import SPLITS
-from steerscope.demo.phrasings import LANGUAGES
 from steerscope.demo.world import questions
+from steerscope.demo.world.entities import SPLITS
+from steerscope.demo.world.phrasings import LANGUAGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

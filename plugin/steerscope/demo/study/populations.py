@@ -8,9 +8,9 @@ about names of pool test.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from steerscope.demo.entities import Pool, Split
-from steerscope.demo.phrasings import LANGUAGES, Kind, Language, Phrasing
 from steerscope.demo.world import Question, questions, side_questions, untaught_questions
+from steerscope.demo.world.entities import Pool, Split
+from steerscope.demo.world.phrasings import LANGUAGES, Kind, Language, Phrasing
 
 
 @dataclass(frozen=True, slots=True)

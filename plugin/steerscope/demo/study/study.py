@@ -7,24 +7,24 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from steerscope.demo.catalog import Catalog, CatalogFeature, Policy, Signal
-from steerscope.demo.circuit import Circuit, Harvest, Lab, controls, find_circuit
-from steerscope.demo.concepts import Concept, find_attributes, firing, states
-from steerscope.demo.confidence import (
+from steerscope.demo.study.catalog import Catalog, CatalogFeature, Policy, Signal
+from steerscope.demo.study.circuit import Circuit, Harvest, Lab, controls, find_circuit
+from steerscope.demo.study.concepts import Concept, find_attributes, firing, states
+from steerscope.demo.study.confidence import (
     Doubtful,
     fit_readout,
     fit_recall,
     hallucination_risk,
     known_confidence,
 )
-from steerscope.demo.dictionary import DictionarySettings
-from steerscope.demo.harvest import Answered, answer_all
-from steerscope.demo.interventions import Feature
-from steerscope.demo.phrasings import Language
-from steerscope.demo.populations import choosing, fitting
-from steerscope.demo.probes import auroc_interval
-from steerscope.demo.scoring import auroc
+from steerscope.demo.study.dictionary import DictionarySettings
+from steerscope.demo.study.harvest import Answered, answer_all
+from steerscope.demo.study.interventions import Feature
+from steerscope.demo.study.populations import choosing, fitting
+from steerscope.demo.study.probes import auroc_interval
 from steerscope.demo.world import Question, all_questions
+from steerscope.demo.world.phrasings import Language
+from steerscope.demo.world.scoring import auroc
 
 NUM_CONCEPTS: Final = 3
 _HELD_OUT: Final = "held-out names and phrasings"

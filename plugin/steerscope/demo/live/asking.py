@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 
 from openai import AsyncOpenAI
 
-from steerscope.demo.server import MODEL_NAME, DemoServer
+from steerscope.demo.live.server import MODEL_NAME, DemoServer
 
 CONCURRENCY: Final = 16
 MAX_TOKENS: Final = 32

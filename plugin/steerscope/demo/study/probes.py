@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from steerscope.demo.scoring import Interval, auroc
+from steerscope.demo.world.scoring import Interval, auroc
 
 _RESAMPLES: Final = 400
 

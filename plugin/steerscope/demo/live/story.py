@@ -20,14 +20,15 @@ from rich.table import Table
 from steerscope.catalog import store
 from steerscope.catalog.store import Catalog
 from steerscope.client import Client
-from steerscope.demo import server, strip, world
-from steerscope.demo.asking import Asker, Steering
-from steerscope.demo.entities import Split
+from steerscope.demo import world
+from steerscope.demo.live import server, strip
+from steerscope.demo.live.asking import Asker, Steering
+from steerscope.demo.live.served_evaluation import SEED, Evaluation, control_interventions
+from steerscope.demo.live.server import DemoServer
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
-from steerscope.demo.scoring import classify
-from steerscope.demo.served_evaluation import SEED, Evaluation, control_interventions
-from steerscope.demo.server import DemoServer
 from steerscope.demo.world import Question
+from steerscope.demo.world.entities import Split
+from steerscope.demo.world.scoring import classify
 
 DEMO_DIR: Final = Path(".demo")
 STORY_POLICY: Final = "calm-the-unknown"

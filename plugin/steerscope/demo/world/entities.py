@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, get_args
 
-from steerscope.demo import lexicon
-from steerscope.demo.phrasings import Attribute, Kind, Language
+from steerscope.demo.world import lexicon
+from steerscope.demo.world.phrasings import Attribute, Kind, Language
 
 Split = Literal["known", "rare", "unknown"]
 Pool = Literal["fit", "dev", "test"]

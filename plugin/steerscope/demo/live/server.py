@@ -69,7 +69,7 @@ class DemoServer:
         return text
 
     def vllm_config(self) -> dict[str, Any]:
-        """VLLM's own account of its config (needs VLLM_SERVER_DEV_MODE)."""
+        """vLLM's own account of its config (needs VLLM_SERVER_DEV_MODE)."""
         url = f"{self.base_url}/server_info?config_format=json"
         with urllib.request.urlopen(url, timeout=10) as response:
             info: dict[str, Any] = json.load(response)

@@ -17,9 +17,9 @@ from typing import Any, Final, NamedTuple
 from steerscope.catalog.store import Catalog
 from steerscope.client import Client
 from steerscope.demo import world
-from steerscope.demo.asking import Answer, Asker, Steering
-from steerscope.demo.scoring import Outcome, auroc, classify, wilson
+from steerscope.demo.live.asking import Answer, Asker, Steering
 from steerscope.demo.world import Question
+from steerscope.demo.world.scoring import Outcome, auroc, classify, wilson
 from steerscope.steering.interventions import canonical_json
 
 PER_LANGUAGE: Final = 80

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steerscope.demo.interventions import Activation, Feature, Intervention, When
+from steerscope.demo.study.interventions import Activation, Feature, Intervention, When
 
 SCHEMA: Final = "steerscope.catalog/v1"
 _FINGERPRINTED: Final = "model.norm.weight"

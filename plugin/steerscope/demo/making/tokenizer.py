@@ -13,9 +13,9 @@ from typing import Final
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
 
-from steerscope.demo import lexicon
-from steerscope.demo.entities import VALUES
-from steerscope.demo.phrasings import every_sentence
+from steerscope.demo.world import lexicon
+from steerscope.demo.world.entities import VALUES
+from steerscope.demo.world.phrasings import every_sentence
 
 PAD: Final = "<pad>"
 UNK: Final = "<unk>"

@@ -1,0 +1,1 @@
+"""How the model is made: tokenizer, architecture, the training stream, the two training stages."""

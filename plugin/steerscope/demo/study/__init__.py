@@ -1,0 +1,1 @@
+"""How its features are found and judged: dictionary, circuit, read-outs, concepts, evidence."""
