@@ -124,12 +124,13 @@ _count = iter(range(1_000_000))
 
 def _submit(llm: Any, index: int, request: dict[str, Any]) -> str:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     request = dict(request)
     request_id = f"req-{next(_count)}"
     prompt = {"prompt_token_ids": request.pop("prompt")}
     greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    params = SamplingParams(**greedy | request)
+    params = SamplingParams(**greedy | request, output_kind=RequestOutputKind.FINAL_ONLY)
     llm.llm_engine.add_request(request_id, prompt, params)
     return request_id
 
