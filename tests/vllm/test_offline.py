@@ -35,7 +35,7 @@ def test_generate_and_chat_are_steered_like_the_server(http):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.split("RESULT ", 1)[1])
+    told = json.loads(done.stdout.split("RESULT ", 1)[1].splitlines()[0])
     assert told["eager"] is False
     for policy in (None, "force-unknown"):
         expected = [http.say(question, policy) for question in asked]

@@ -35,11 +35,14 @@ def test_vllm_runs_compiled_by_its_own_account(demo_server):
 
 
 def test_a_policy_by_name_changes_the_answer_of_its_request_only(http):
-    asked = question("unknown")
-    before = http.say(asked.question)
-    assert classify(asked, before) is Outcome.DECLINED
-    assert classify(asked, http.say(asked.question, "force-known")) is not Outcome.DECLINED
-    assert http.say(asked.question) == before
+    asked = world.questions("unknown", "en", 24, 11)
+    before = [http.say(each.question) for each in asked]
+    forced = [http.say(each.question, "force-known") for each in asked]
+    assert [http.say(each.question) for each in asked] == before
+    declined = [classify(q, a) is Outcome.DECLINED for q, a in zip(asked, before, strict=True)]
+    answered = [classify(q, a).answered for q, a in zip(asked, forced, strict=True)]
+    assert sum(declined) >= 0.9 * len(asked)
+    assert sum(answered) >= 0.75 * len(asked)
 
 
 def test_the_official_client_streams_the_same_steered_answer(http, openai_client):
