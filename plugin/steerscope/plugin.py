@@ -94,6 +94,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         engine=str(parallel.data_parallel_index),
         rank=parallel.rank,
     )
+    reports = seams.is_first_tensor_rank()
     made = EngineRuntime(
         catalog,
         seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),
@@ -101,7 +102,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         model_runner.device,
         lambda req_id: seams.request_info(model_runner, req_id),
         source,
-        FrameSender(config.require_hub_endpoint()),
+        FrameSender(config.require_hub_endpoint()) if reports else None,
         instance,
     )
     made.announce()

@@ -42,6 +42,8 @@ class EngineRuntime:
     Args:
         layers: the decoder layers this worker holds, by layer index.
         lookup: internal request id to what the runner knows of the request.
+        sender: None on a rank that edits but does not report: all tensor-parallel ranks see
+            the same residual stream, the first of them tells of it.
         instance: tells engines in one process apart in the op's names.
     """
 
@@ -53,7 +55,7 @@ class EngineRuntime:
         device: torch.device,
         lookup: Callable[[str], RequestInfo],
         source: Source,
-        sender: FrameSender,
+        sender: FrameSender | None,
         instance: int = 0,
     ) -> None:
         num_rows = capacity.max_num_seqs * capacity.max_rows_per_request
@@ -69,13 +71,17 @@ class EngineRuntime:
             ops.register(name, tap)
             layers[tap.key.layer].register_forward_hook(TapHook(name))
         self._plan = BatchPlan(RowTable(num_rows), lookup, self._write_row)
-        self._readout = Readout(source, self._sites, sender, lookup)
+        # A pipeline stage without a site has nothing to tell either.
+        self._readout = (
+            Readout(source, self._sites, sender, lookup) if sender and self._sites else None
+        )
         self._layout = _EMPTY
         self._rows_T: IntArray = np.zeros(0, np.int64)
 
     def announce(self) -> None:
         """Tell the hub that this worker is there, so that its series exist from the start."""
-        self._readout.emit(_EMPTY, self._rows_T, ())
+        if self._readout is not None:
+            self._readout.emit(_EMPTY, self._rows_T, ())
 
     def plan(self, layout: StepLayout) -> None:
         """Lay steering over the step's tokens; the forward may start."""
@@ -83,17 +89,19 @@ class EngineRuntime:
         self._layout = layout
         self._rows_T = self._plan.rows(layout)
         self._step_rows.stage(self._rows_T)
-        self._readout.charge(time.perf_counter_ns() - began)
+        if self._readout is not None:
+            self._readout.charge(time.perf_counter_ns() - began)
 
     def finish(self, finished: Sequence[str]) -> None:
         """Read the step out. ``finished`` are requests that ended before this step."""
         began = time.perf_counter_ns()
         layout, self._layout = self._layout, _EMPTY
         self._step_rows.clear()
-        if layout.req_ids or finished:
-            self._readout.emit(layout, self._rows_T, finished)
+        if self._readout is not None:
+            if layout.req_ids or finished:
+                self._readout.emit(layout, self._rows_T, finished)
+            self._readout.charge(time.perf_counter_ns() - began)
         self._rows_T = self._rows_T[:0]
-        self._readout.charge(time.perf_counter_ns() - began)
 
     def forget(self, finished: Sequence[str]) -> None:
         """Requests that ended give their rows back; called before the batch is planned."""

@@ -137,8 +137,6 @@ def check_engine(vllm_config: Any) -> None:
     envs = importlib.import_module("vllm.envs")
     refused = {
         "--speculative-config": vllm_config.speculative_config is not None,
-        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
         "--data-parallel-size": parallel.data_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
@@ -162,6 +160,12 @@ def capacity(vllm_config: Any, model_runner: Any, max_rows_per_request: int) -> 
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_rows_per_request=max_rows_per_request,
     )
+
+
+def is_first_tensor_rank() -> bool:
+    """Whether this worker is the one of its tensor-parallel group that reports."""
+    state = importlib.import_module("vllm.distributed.parallel_state")
+    return bool(state.get_tensor_model_parallel_rank() == 0)
 
 
 def decoder_layers(model: nn.Module, num_hidden_layers: int) -> dict[int, nn.Module]:
