@@ -137,7 +137,6 @@ def check_engine(vllm_config: Any) -> None:
     envs = importlib.import_module("vllm.envs")
     refused = {
         "--speculative-config": vllm_config.speculative_config is not None,
-        "--data-parallel-size": parallel.data_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--enable-dbo": parallel.enable_dbo,
