@@ -114,14 +114,8 @@ def load_catalog(settings: config.Settings) -> Catalog:
     from pathlib import Path
 
     from steerscope.catalog import store
-    from steerscope.errors import CatalogError
 
-    catalog = store.load(Path(settings.catalog))
-    if settings.catalog_digest not in (None, catalog.digest):
-        raise CatalogError(
-            f"{settings.catalog}: digest is {catalog.digest}, pinned to {settings.catalog_digest}"
-        )
-    return catalog
+    return store.load(Path(settings.catalog), settings.catalog_digest)
 
 
 def _configured_by_argument() -> bool:

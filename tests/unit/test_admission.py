@@ -2,7 +2,6 @@ import pytest
 from steerscope.catalog import store
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
-from steerscope.steering import stamp
 from steerscope.steering.admission import Admission
 
 
@@ -14,13 +13,13 @@ def admission(tiny_world):
 
 
 def test_a_request_without_a_flag_is_stamped_unsteered(admission):
-    made = stamp.decode(admission.stamp("id-1", admission.resolve({"top_k": 3}), 12))
+    made = admission.stamp("id-1", admission.resolve({"top_k": 3}), 12)
     assert (made.external_id, made.policy, made.segments) == ("id-1", "", ())
 
 
 def test_a_policy_is_resolved_by_name(admission):
     asked = admission.resolve({"steering": "push"})
-    made = stamp.decode(admission.stamp("id-1", asked, 12))
+    made = admission.stamp("id-1", asked, 12)
     assert made.policy == "push"
     assert made.interventions[0].feature == "direction_1"
     assert made.digest == admission.digest(asked.spec) != ""

@@ -81,6 +81,17 @@ def test_what_could_not_be_sent_is_counted_and_starts_and_ends_are_told_later(re
     assert (start.request_id, start.first_position) == ("b", 2)
 
 
+def test_with_the_hub_gone_for_good_nothing_piles_up(readout, wire):
+    emit(readout, ("a", 0, 2))
+    wire.open = False
+    for i in range(100):
+        emit(readout, (f"r{i}", 0, 2), finished=[f"r{i - 1}"] if i else ["a"])
+    wire.open = True
+    emit(readout, finished=["r99"])
+    last = wire.sent[-1]
+    assert (last.dropped, last.finished, last.started) == (100, ("a",), ())
+
+
 def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
     site[0].acts_TF = None
     emit(readout, ("a", 0, 2))

@@ -123,14 +123,19 @@ class Catalog:
             raise SpecError("when.feature", f"{gate!r} is at {there}, {target!r} is at {here}")
 
 
-def load(folder: Path) -> Catalog:
-    """Read and validate the catalog in ``folder``; raise ``CatalogError`` naming what is wrong."""
+def load(folder: Path, pinned: str | None = None) -> Catalog:
+    """Read and validate the catalog in ``folder``; raise ``CatalogError`` naming what is wrong.
+
+    With ``pinned``, the digest of the one catalog that is wanted, any other is refused.
+    """
     text = _read(folder / CATALOG_FILE)
     tensors = _read(folder / TENSORS_FILE)
     document = _decode(text, folder / CATALOG_FILE)
     vectors = _read_vectors(folder / TENSORS_FILE, document)
     digest = hashlib.sha256(hashlib.sha256(text).digest() + hashlib.sha256(tensors).digest())
     catalog = _assemble(document, vectors, digest.hexdigest())
+    if pinned not in (None, catalog.digest):
+        raise CatalogError(f"{folder}: digest is {catalog.digest}, pinned to {pinned}")
     _check_signals(catalog)
     _check_policies(catalog)
     return catalog

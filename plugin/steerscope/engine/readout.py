@@ -89,10 +89,7 @@ class Readout:
     def emit(self, layout: StepLayout, rows_T: IntArray, finished: Sequence[str]) -> None:
         """Send the step. ``finished`` are requests that ended before it. Never raises."""
         num_tokens = int(layout.query_start_loc[-1])
-        self._ended.extend(finished)
-        for req_id in finished:
-            self._known.discard(req_id)
-            self._untold.pop(req_id, None)
+        self._end(finished)
         started = self._started(layout)
         try:
             sent = self._sender.send(encode(self._frame(layout, rows_T, started, num_tokens)))
@@ -116,6 +113,7 @@ class Readout:
         started: tuple[RequestStart, ...],
         num_tokens: int,
     ) -> Frame:
+        steered = np.flatnonzero(rows_T)
         return Frame(
             version=FRAME_VERSION,
             catalog_digest=self._source.catalog_digest,
@@ -132,10 +130,18 @@ class Readout:
             request_ids=tuple(layout.req_ids),
             query_start_loc=tuple(layout.query_start_loc.tolist()),
             positions=tuple(layout.first_positions.tolist()),
-            sites=tuple(_site(tap, num_tokens, np.flatnonzero(rows_T)) for tap in self._sites)
+            sites=tuple(_site(tap, num_tokens, steered) for tap in self._sites)
             if num_tokens
             else (),
         )
+
+    def _end(self, finished: Sequence[str]) -> None:
+        """Only ends of requests that the hub knows are kept: it may never take a frame again."""
+        for req_id in finished:
+            if req_id in self._known:
+                self._known.remove(req_id)
+                self._ended.append(req_id)
+            self._untold.pop(req_id, None)
 
     def _started(self, layout: StepLayout) -> tuple[RequestStart, ...]:
         """Requests the hub has not been told of, each with the first position it ever had."""

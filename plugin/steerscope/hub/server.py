@@ -29,7 +29,7 @@ from steerscope.api.v1 import (
 )
 from steerscope.catalog import store as catalogs
 from steerscope.config import Settings
-from steerscope.errors import CatalogError, HubError
+from steerscope.errors import HubError
 from steerscope.export import instruments
 from steerscope.export.prometheus import HubCollector
 from steerscope.hub.announcements import Announcements
@@ -72,9 +72,7 @@ class Hub:
 
     def __init__(self, settings: Settings, endpoint: str) -> None:
         self._settings = settings
-        self._catalog = catalogs.load(Path(settings.catalog))
-        if settings.catalog_digest not in (None, self._catalog.digest):
-            raise CatalogError(f"{settings.catalog}: not the catalog that was pinned")
+        self._catalog = catalogs.load(Path(settings.catalog), settings.catalog_digest)
         check_declared(self._catalog, settings.policies)
         self._store = PolicyStore(self._catalog, settings.policies, settings.hub.max_policies)
         totals = HubTotals()

@@ -14,7 +14,7 @@ from typing import Any
 from steerscope.catalog.store import Catalog
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError, UnknownPolicyError
-from steerscope.steering import segments, stamp
+from steerscope.steering import segments
 from steerscope.steering.interventions import (
     Policy,
     SteeringSpec,
@@ -22,6 +22,7 @@ from steerscope.steering.interventions import (
     digest,
     parse_spec,
 )
+from steerscope.steering.stamp import Stamp
 
 STEERING_KEY = "steering"
 REPORT_KEY = "steerscope_report"
@@ -82,10 +83,10 @@ class Admission:
         except SpecError as error:
             raise error.under(STEERING_KEY) from None
 
-    def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> bytes:
+    def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> Stamp:
         """The stamp for a request of that length. Raises ``SpecError`` past the row limit."""
         if asked is None:
-            return stamp.encode(stamp.Stamp(external_id))
+            return Stamp(external_id)
         edits = asked.spec.interventions
         parts = segments.build(self._catalog.digest, edits, num_prompt_tokens)
         distinct = len({part.digest for part in parts})
@@ -95,9 +96,7 @@ class Admission:
                 f"phases and spans make {distinct} different combinations of edits, "
                 f"at most {self._settings.max_rows_per_request} are allowed",
             )
-        return stamp.encode(
-            stamp.Stamp(external_id, asked.policy, self.digest(asked.spec), edits, parts)
-        )
+        return Stamp(external_id, asked.policy, self.digest(asked.spec), edits, parts)
 
     def digest(self, spec: SteeringSpec) -> str:
         """Names the steering asked for, whatever the request's length."""

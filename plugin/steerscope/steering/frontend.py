@@ -10,6 +10,7 @@ from steerscope.config import Settings
 from steerscope.errors import SpecError
 from steerscope.hub.link import FrontendLink
 from steerscope.steering.admission import STEERING_KEY, UNKNOWN, Admission, Asked
+from steerscope.steering.stamp import encode
 
 
 class FrontEnd:
@@ -30,13 +31,13 @@ class FrontEnd:
     def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> bytes:
         """The bytes that travel with the request. A refusal is counted, then raised."""
         try:
-            payload = self._admission.stamp(external_id, asked, num_prompt_tokens)
+            made = self._admission.stamp(external_id, asked, num_prompt_tokens)
         except SpecError as error:
             self.rejected(external_id, asked.policy if asked else None, error)
             raise
         if asked is not None:
-            self._link.admitted(external_id, asked.policy, self._admission.digest(asked.spec))
-        return payload
+            self._link.admitted(external_id, made.policy, made.digest)
+        return encode(made)
 
     def rejected(self, external_id: str, flag: object, error: SpecError) -> None:
         """Count a refusal under the policy's name if there is such a policy."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from steerscope.catalog.store import Catalog
 from steerscope.client import Client
 from steerscope.demo import world
@@ -190,8 +192,6 @@ def _wrong_auroc(judged: Sequence[_Judged], score: Callable[[_Judged], float]) -
 
 def control_interventions(catalog: Catalog, policy: str, direction: int) -> list[dict[str, Any]]:
     """The policy's interventions, moved onto the control feature of that number."""
-    import msgspec
-
     (found,) = (p for p in catalog.policies if p.name == policy)
     moved: list[dict[str, Any]] = msgspec.json.decode(canonical_json(found.interventions))
     for intervention in moved:
