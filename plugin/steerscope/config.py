@@ -53,6 +53,15 @@ class SteeringSettings(_Settings, frozen=True):
 
     max_interventions: Annotated[int, msgspec.Meta(ge=1, le=MAX_INTERVENTIONS)] = MAX_INTERVENTIONS
     max_rows_per_request: Positive = 4
+    max_dose: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """No steering may ask for more; holds for all that names no ``max_dose`` of its own."""
+
+
+class TelemetrySettings(_Settings, frozen=True):
+    """What the workers keep and tell."""
+
+    max_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
+    """Host memory per worker for activations beside the KV cache; see ``engine/slots.py``."""
 
 
 class Settings(_Settings, frozen=True):
@@ -64,6 +73,7 @@ class Settings(_Settings, frozen=True):
     policies: tuple[Policy, ...] = ()
     hub: HubSettings = HubSettings()
     steering: SteeringSettings = SteeringSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
 
 def load_file(path: Path) -> Settings:

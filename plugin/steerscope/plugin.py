@@ -1,8 +1,9 @@
 """Composition root: what Steerscope does at each seam into vLLM (listed in engine/seams.py).
 
-    launch      (launcher)       settings → additional_config; checks; starts the hub
-    front_end   (API server, LLM) admission wired to the hub
-    runtime     (worker)         taps in the model, plan, readout
+    launch          (launcher)        settings → additional_config; checks; starts the hub
+    front_end       (API server, LLM) admission wired to the hub
+    scheduler_side  (engine core)     what workers must know beside the scheduler's output
+    runtime         (worker)          taps in the model, plan, readout
 
 ``register`` is vLLM's general-plugin entry point. It runs in every process, more
 than once, before anything is configured; unconfigured, it returns at once and
@@ -20,6 +21,7 @@ from steerscope import config
 if TYPE_CHECKING:
     from steerscope.catalog.store import Catalog
     from steerscope.engine.runtime import EngineRuntime
+    from steerscope.engine.scheduling import SchedulerSide
     from steerscope.hub.launcher import RunningHub
     from steerscope.steering.frontend import FrontEnd
 
@@ -33,7 +35,7 @@ def register() -> None:
         return
     from steerscope.engine import seams
 
-    seams.install(seams.Callbacks(launch, launched, front_end, runtime))
+    seams.install(seams.Callbacks(launch, launched, front_end, scheduler_side, runtime))
 
 
 def launch(additional_config: Any) -> Any | None:
@@ -44,7 +46,7 @@ def launch(additional_config: Any) -> Any | None:
     from steerscope.steering.policies import check_declared
 
     catalog = load_catalog(settings)
-    check_declared(catalog, settings.policies)
+    check_declared(catalog, settings.steering, settings.policies)
     settings = config.pinned(settings, catalog.digest)
     return {**additional_config, config.ADDITIONAL_CONFIG_KEY: config.to_tree(settings)}
 
@@ -56,6 +58,7 @@ def launched(vllm_config: Any) -> None:
 
     settings = _settings(vllm_config)
     assert settings is not None
+    seams.check_version()
     seams.check_engine(vllm_config)
     fingerprint.check(load_catalog(settings).document.model, seams.served_model(vllm_config))
     _ensure_hub(settings)
@@ -73,6 +76,16 @@ def front_end(vllm_config: Any) -> FrontEnd | None:
     link = FrontendLink(config.require_hub_endpoint(), catalog.digest)
     link.start()
     return FrontEnd(catalog, settings, link)
+
+
+def scheduler_side(vllm_config: Any) -> SchedulerSide | None:
+    """The scheduler's half."""
+    if _settings(vllm_config) is None:
+        return None
+    from steerscope.engine import seams
+    from steerscope.engine.scheduling import SchedulerSide
+
+    return SchedulerSide(speculative=seams.is_speculative(vllm_config))
 
 
 def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
@@ -98,11 +111,17 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
     made = EngineRuntime(
         catalog,
         seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),
-        seams.capacity(vllm_config, model_runner, settings.steering.max_rows_per_request),
+        seams.capacity(
+            vllm_config,
+            model_runner,
+            settings.steering.max_rows_per_request,
+            settings.telemetry.max_cache_bytes,
+        ),
         model_runner.device,
-        lambda req_id: seams.request_info(model_runner, req_id),
         source,
         FrameSender(config.require_hub_endpoint()) if reports else None,
+        lambda: seams.kv_geometry(model_runner),
+        seams.is_speculative(vllm_config),
         instance,
     )
     made.announce()

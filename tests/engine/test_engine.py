@@ -173,14 +173,26 @@ def test_the_report_holds_the_activation_of_every_token(engine, reference, clien
             ), (track.feature, spec)
 
 
-def test_tokens_from_the_prefix_cache_are_counted_as_unobserved(engine, client):
+@pytest.mark.parametrize("spec", [None, [{"feature": "direction_1", "add": 9.0}]])
+def test_tokens_from_the_prefix_cache_are_observed_all_the_same(engine, client, spec):
     (prompt,) = tiny.prompts(1, seed=43, low=150, high=151)
-    engine.run(request(prompt))
-    (result,) = engine.run(request(prompt))
-    (completion,) = client.get_request_report(result["request_id"], wait=10.0).completions
-    assert completion.num_observed_tokens == 150 - 128 + MAX_TOKENS - 1
-    assert [(u.num_tokens) for u in completion.unobserved] == [128]
-    assert not completion.complete
+    reports = []
+    for num_cached in (0, 128):
+        (result,) = engine.run(request(prompt, spec))
+        report = client.get_request_report(result["request_id"], wait=10.0)
+        (completion,) = report.completions
+        assert result["cached"] == completion.num_cached_tokens == num_cached
+        assert completion.num_observed_tokens == 150 + MAX_TOKENS - 1
+        assert completion.complete
+        assert completion.steering_digest == report.asked_steering_digest
+        reports.append(completion)
+    cold, hit = reports
+    # To rounding: the recomputed tail of the prompt is another batch than the cold one.
+    assert hit.steering.num_tokens == cold.steering.num_tokens
+    assert hit.steering.dose_mean == pytest.approx(cold.steering.dose_mean, rel=1e-4)
+    for seen, expected in zip(hit.features, cold.features, strict=True):
+        assert list(seen.activations) == pytest.approx(list(expected.activations), abs=1e-3)
+        assert list(seen.deltas) == pytest.approx(list(expected.deltas), abs=1e-3)
 
 
 def test_a_policy_made_over_grpc_can_be_used_at_once_and_is_gone_when_deleted(
@@ -234,8 +246,8 @@ def test_an_engine_mode_that_is_not_supported_stops_the_launch_and_names_the_fla
         tiny_world.model,
         tree,
         tmp_path,
-        "does not support --speculative-config yet",
-        speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},
+        "does not support --distributed-executor-backend yet",
+        distributed_executor_backend="external_launcher",
     )
 
 

@@ -18,6 +18,7 @@ from steerscope.steering.interventions import Intervention, canonical_json
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
     Frame,
+    RequestEnd,
     RequestStart,
     SiteActivations,
     encode,
@@ -139,7 +140,8 @@ def frame(
         dropped=0,
         dropped_tokens=0,
         started=started,
-        finished=finished,
+        finished=tuple(RequestEnd(name, 0) for name in finished),
+        changed=(),
         request_ids=tuple(name for name, _, _ in shares),
         query_start_loc=(0, *np.cumsum(lengths, dtype=int).tolist()),
         positions=tuple(position for _, position, _ in shares),

@@ -3,6 +3,7 @@ from steerscope.catalog import store
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
 from steerscope.steering.admission import Admission
+from steerscope.steering.interventions import steering_digest
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def test_a_policy_is_resolved_by_name(admission):
     made = admission.stamp("id-1", asked, 12)
     assert made.policy == "push"
     assert made.interventions[0].feature == "direction_1"
-    assert made.digest == admission.digest(asked.spec) != ""
+    assert made.digest == steering_digest(admission._catalog.digest, asked.spec.interventions, None)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import torch
 from steerscope.catalog import store
 from steerscope.engine.plan import RequestInfo, StepLayout
 from steerscope.engine.readout import Readout, Source
+from steerscope.engine.roster import Arrival, Roster
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.steering.interventions import parse_spec
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry import frames
+from steerscope.telemetry.frames import RequestEnd
 
 
 class Wire:
@@ -40,7 +42,7 @@ def wire():
 @pytest.fixture
 def readout(site, wire):
     source = Source("digest", "model", "0", 0)
-    return Readout(source, [site[0]], wire, lambda r: RequestInfo(Stamp(f"ext-{r}"), 5))
+    return Readout(source, [site[0]], wire, Roster(4, 4))
 
 
 def layout(*members):
@@ -49,8 +51,17 @@ def layout(*members):
 
 
 def emit(readout, *members, finished=()):
+    """One step, in the order of the runtime: ends, arrivals, tokens."""
+    readout.end(dict.fromkeys(finished, 7))
+    readout._roster.leave(finished)
+    for req_id, *_ in members:
+        if req_id not in readout._roster:
+            readout._roster.arrive([Arrival(req_id, RequestInfo(Stamp(f"ext-{req_id}"), 5), ())])
     made = layout(*members)
-    readout.emit(made, np.zeros(int(made.query_start_loc[-1]), np.int64), finished)
+    if members:
+        readout.emit(made, np.zeros(int(made.query_start_loc[-1]), np.int64))
+    else:
+        readout.flush()
 
 
 def test_a_request_is_introduced_once_and_its_end_is_told(readout, wire):
@@ -58,7 +69,7 @@ def test_a_request_is_introduced_once_and_its_end_is_told(readout, wire):
     emit(readout, ("a", 3, 1))
     emit(readout, finished=["a"])
     assert [[s.external_id for s in f.started] for f in wire.sent] == [["ext-a"], [], []]
-    assert [f.finished for f in wire.sent] == [(), (), ("a",)]
+    assert [f.finished for f in wire.sent] == [(), (), (RequestEnd("a", 7),)]
     assert [f.step for f in wire.sent] == [0, 1, 2]
 
 
@@ -76,7 +87,7 @@ def test_what_could_not_be_sent_is_counted_and_starts_and_ends_are_told_later(re
     emit(readout, ("b", 5, 1))
     last = wire.sent[-1]
     assert (last.dropped, last.dropped_tokens) == (1, 3)
-    assert last.finished == ("a",)
+    assert last.finished == (RequestEnd("a", 7),)
     (start,) = last.started
     assert (start.request_id, start.first_position) == ("b", 2)
 
@@ -89,7 +100,7 @@ def test_with_the_hub_gone_for_good_nothing_piles_up(readout, wire):
     wire.open = True
     emit(readout, finished=["r99"])
     last = wire.sent[-1]
-    assert (last.dropped, last.finished, last.started) == (100, ("a",), ())
+    assert (last.dropped, last.finished, last.started) == (100, (RequestEnd("a", 7),), ())
 
 
 def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
@@ -105,7 +116,8 @@ def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):
     rows = np.array([0, 1, 1, 1, 1, 1], np.int64)
     step.stage(rows)
     tap(2 * torch.randn(6, 128, generator=torch.Generator().manual_seed(1)), None)
-    readout.emit(layout(("a", 0, 6)), rows, ())
+    readout._roster.arrive([Arrival("a", RequestInfo(None, 6), ())])
+    readout.emit(layout(("a", 0, 6)), rows)
     (sent,) = wire.sent[0].sites
     tokens, deltas, doses = frames.edits(sent)
     probe = frames.acts_TF(sent)[:, 3]

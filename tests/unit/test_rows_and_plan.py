@@ -27,8 +27,8 @@ class Batch:
     def look_up(self, req_id):
         return RequestInfo(self.stamps.get(req_id), 5)
 
-    def write(self, row, stamp, active):
-        self.written.append((row, [stamp.interventions[i].value for i in active]))
+    def write(self, row, stamp, segment):
+        self.written.append((row, [stamp.interventions[i].value for i in segment.active]))
 
     def rows(self, *members):
         """``members`` are (id, first position, number of tokens)."""

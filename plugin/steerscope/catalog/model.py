@@ -37,9 +37,24 @@ class FeatureKind(enum.StrEnum):
 
 
 class Site(enum.StrEnum):
-    """Where in a decoder layer the residual stream is read (TransformerLens names)."""
+    """A place in a decoder layer (TransformerLens names), in the order a token passes them.
 
+    ``resid_*`` are the stream itself: as it enters the layer, after attention was added, as it
+    leaves. ``attn_out`` and ``mlp_out`` are what attention and the MLP add to it, after any
+    norm on their output. ``mlp_in`` is what the MLP reads, after its norm.
+    """
+
+    RESID_PRE = "resid_pre"
+    ATTN_OUT = "attn_out"
+    RESID_MID = "resid_mid"
+    MLP_IN = "mlp_in"
+    MLP_OUT = "mlp_out"
     RESID_POST = "resid_post"
+
+    @property
+    def order(self) -> int:
+        """Place in the order of the forward pass."""
+        return list(Site).index(self)
 
 
 class Activation(enum.StrEnum):
@@ -91,6 +106,13 @@ class Feature(_Document, frozen=True):
     source: dict[str, str] = {}
     evidence: dict[str, Any] = {}
 
+    @property
+    def writes(self) -> Site:
+        """Where an edit lands: a transcoder reads ``mlp_in`` and writes ``mlp_out``."""
+        if self.kind is FeatureKind.TRANSCODER_LATENT and self.site is Site.MLP_IN:
+            return Site.MLP_OUT
+        return self.site
+
 
 class Term(_Document, frozen=True):
     """One summand of a signal: ``weight`` times a reduced activation."""
@@ -123,6 +145,7 @@ class CatalogPolicy(_Document, frozen=True):
 
     name: PolicyName
     interventions: tuple[Intervention, ...]
+    max_dose: float | None = None
     description: str = ""
 
 

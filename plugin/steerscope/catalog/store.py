@@ -50,12 +50,15 @@ class FeatureVectors:
     W_dec: FloatArray | None
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class SiteKey:
-    """A tapped place: ``resid_post`` of layer 3, say. Sorts in layer order."""
+    """A tapped place: ``resid_post`` of layer 3, say. Sorts in the order of the forward pass."""
 
     layer: int
     site: Site
+
+    def __lt__(self, other: SiteKey) -> bool:
+        return (self.layer, self.site.order) < (other.layer, other.site.order)
 
     def __str__(self) -> str:
         return f"{self.site}.{self.layer}"
@@ -88,7 +91,12 @@ class Catalog:
     def policies(self) -> tuple[Policy, ...]:
         """The policies that ship with the catalog."""
         return tuple(
-            Policy(name=p.name, interventions=p.interventions, description=p.description)
+            Policy(
+                name=p.name,
+                interventions=p.interventions,
+                max_dose=p.max_dose,
+                description=p.description,
+            )
             for p in self.document.policies
         )
 

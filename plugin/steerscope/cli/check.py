@@ -14,7 +14,7 @@ from steerscope.steering.policies import check_declared
 def run(settings: Settings, model: Path | None) -> int:
     """Print a summary; raise the first thing that is wrong."""
     catalog = store.load(Path(settings.catalog), settings.catalog_digest)
-    check_declared(catalog, settings.policies)
+    check_declared(catalog, settings.steering, settings.policies)
     if model is not None:
         fingerprint.check(catalog.document.model, served_model(model))
     document = catalog.document

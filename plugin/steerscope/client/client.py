@@ -83,12 +83,14 @@ class Client:
         name: str,
         interventions: Iterable[Intervention | Mapping[str, Any]],
         *,
+        max_dose: float | None = None,
         description: str = "",
         validate_only: bool = False,
     ) -> steering_pb2.Policy:
         """Store a policy; when this returns, requests may name it."""
         policy = steering_pb2.Policy(
             description=description,
+            max_dose=max_dose,
             interventions=[intervention_message(edit) for edit in _checked(interventions)],
         )
         request = steering_pb2.CreatePolicyRequest(

@@ -1,6 +1,9 @@
-"""The one custom op, ``steerscope::tap``: read a site's features, edit them in place.
+"""The custom ops.
 
-It is traced into vLLM's compiled graph by its name and looks its buffers up at
+``steerscope::tap`` reads a site's features and edits them in place; ``steerscope::write``
+adds, at another place, what a tap does not write where it reads.
+
+They are traced into vLLM's compiled graph by name and look their buffers up at
 run time by the site's name: nothing is closed over, so a saved graph that is
 loaded again, or replayed from a CUDA graph, finds the live buffers. Registered
 straight into a ``Library``: ``torch.library.custom_op`` costs twice the dispatch.
@@ -18,9 +21,11 @@ LIBRARY = torch.library.Library("steerscope", "DEF")
 
 
 class Tap(Protocol):
-    """What the op calls: one site's buffers and arithmetic."""
+    """What the ops call: one site's buffers and arithmetic."""
 
     def __call__(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None: ...
+
+    def write(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None: ...
 
 
 _TAPS: dict[str, Tap] = {}
@@ -35,12 +40,18 @@ def _tap(hidden: Tensor, residual: Tensor | None, site: str) -> None:
     _TAPS[site](hidden, residual)
 
 
-def _tap_fake(hidden: Tensor, residual: Tensor | None, site: str) -> None:
+def _write(hidden: Tensor, residual: Tensor | None, site: str) -> None:
+    _TAPS[site].write(hidden, residual)
+
+
+def _fake(hidden: Tensor, residual: Tensor | None, site: str) -> None:
     return None
 
 
-LIBRARY.define("tap(Tensor(a!) hidden, Tensor? residual, str site) -> ()")
-LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
-torch.library.register_fake("steerscope::tap", _tap_fake, lib=LIBRARY)
+for _name, _implementation in (("tap", _tap), ("write", _write)):
+    LIBRARY.define(f"{_name}(Tensor(a!) hidden, Tensor? residual, str site) -> ()")
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"steerscope::{_name}", _fake, lib=LIBRARY)
 
 tap = torch.ops.steerscope.tap
+write = torch.ops.steerscope.write

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steerscope.engine.rows import RowTable
+from steerscope.steering.segments import Segment
 from steerscope.steering.stamp import Stamp
 
 IntArray = npt.NDArray[np.int64]
@@ -38,6 +39,17 @@ class StepLayout(NamedTuple):
     first_positions: IntArray
 
 
+EMPTY_LAYOUT = StepLayout((), np.zeros(1, np.int64), np.zeros(0, np.int64))
+
+
+def positions(layout: StepLayout) -> IntArray:
+    """The position of each token of the step, int64 [T]."""
+    lengths = np.diff(layout.query_start_loc)
+    first_T = np.repeat(layout.first_positions - layout.query_start_loc[:-1], lengths)
+    positions_T: IntArray = first_T + np.arange(len(first_T))
+    return positions_T
+
+
 class Span(NamedTuple):
     """Positions ``[start, end)`` of a request have steering row ``row``."""
 
@@ -60,14 +72,14 @@ class BatchPlan:
     Args:
         table: allocates rows; a request holds its rows while it is in the batch.
         lookup: internal request id to what the runner knows of it.
-        write_row: called with (row, stamp, active) when a row must be filled.
+        write_row: called with (row, stamp, segment) when a row must be filled.
     """
 
     def __init__(
         self,
         table: RowTable,
         lookup: Callable[[str], RequestInfo],
-        write_row: Callable[[int, Stamp, tuple[int, ...]], None],
+        write_row: Callable[[int, Stamp, Segment], None],
     ) -> None:
         self._table = table
         self._lookup = lookup
@@ -91,6 +103,11 @@ class BatchPlan:
         for req_id in req_ids:
             self._leave(req_id)
         self._req_ids -= frozenset(req_ids)
+
+    def restamp(self, req_id: str) -> None:
+        """The request's steering was changed: look it up again."""
+        self._leave(req_id)
+        self._req_ids -= {req_id}
 
     def _follow(self, req_ids: frozenset[str]) -> None:
         if req_ids == self._req_ids:
@@ -117,7 +134,7 @@ class BatchPlan:
                 row, fresh = self._table.acquire(segment.digest)
                 rows[segment.digest] = row
                 if fresh:
-                    self._write_row(row, stamp, segment.active)
+                    self._write_row(row, stamp, segment)
         spans = tuple(
             Span(s.start, np.inf if s.end is None else s.end, rows[s.digest])
             for s in stamp.segments

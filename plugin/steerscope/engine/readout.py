@@ -1,28 +1,35 @@
 """From device buffers to frames on the wire, once per step, never blocking the step.
 
 A frame that cannot be sent at once is dropped and counted; the count travels in
-every later frame, so that the hub knows what it did not see.
+every later frame, so that the hub knows what it did not see. Under speculative
+decoding a step is held until the scheduler says which of its tokens were accepted.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import zmq
 
-from steerscope.engine.plan import IntArray, RequestInfo, StepLayout
+from steerscope.engine.plan import EMPTY_LAYOUT, IntArray, StepLayout
+from steerscope.engine.roster import Roster
+from steerscope.engine.slots import SiteValues, SlotCache
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
-from steerscope.steering.interventions import canonical_json
+from steerscope.steering.interventions import canonical_json, steering_digest
+from steerscope.steering.stamp import Stamp
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
+    CachedActivations,
     Frame,
+    RequestEnd,
     RequestStart,
     SiteActivations,
+    SteeringChange,
     encode,
 )
 
@@ -60,60 +67,169 @@ class Source:
     rank: int
 
 
+@dataclass(slots=True)
+class _Told:
+    """What the hub must learn of requests; kept until a frame with it was sent."""
+
+    started: dict[str, RequestStart] = field(default_factory=dict)
+    ended: list[RequestEnd] = field(default_factory=list)
+    changed: list[SteeringChange] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.started.clear()
+        self.ended.clear()
+        self.changed.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step as it was computed, before anything is told of it."""
+
+    layout: StepLayout
+    slots_T: IntArray | None
+    sites: list[SiteValues]
+
+    def detached(self) -> _Step:
+        """The step with values of its own: the buffers will be written again."""
+        return _Step(self.layout, self.slots_T, [site.take(slice(None)) for site in self.sites])
+
+    def accepted(self, ends: Mapping[str, int]) -> _Step:
+        """The step without the drafts that were rejected; ``ends`` as in ``StepNote``."""
+        layout = self.layout
+        lengths = np.diff(layout.query_start_loc)
+        ends_R = np.array([ends.get(r, np.iinfo(np.int64).max) for r in layout.req_ids])
+        kept_R = np.clip(ends_R - layout.first_positions, 0, lengths)
+        if (kept_R == lengths).all():
+            return self
+        offsets_T = np.arange(lengths.sum()) - np.repeat(layout.query_start_loc[:-1], lengths)
+        kept_T = offsets_T < np.repeat(kept_R, lengths)
+        return _Step(
+            layout._replace(query_start_loc=np.concatenate([[0], np.cumsum(kept_R)])),
+            None if self.slots_T is None else self.slots_T[kept_T],
+            [site.take(kept_T) for site in self.sites],
+        )
+
+
 class Readout:
-    """Builds each step's frame from the sites' buffers and hands it to the sender."""
+    """Reads each step out of the sites' buffers and tells the hub of it."""
 
     def __init__(
         self,
         source: Source,
         sites: Sequence[SiteTap],
         sender: FrameSender,
-        lookup: Callable[[str], RequestInfo],
+        roster: Roster,
     ) -> None:
         self._source = source
         self._sites = sites
         self._sender = sender
-        self._lookup = lookup
+        self._roster = roster
+        self._kept: SlotCache | None = None
+        self._block_size = 1
         self._known: set[str] = set()
-        self._untold: dict[str, RequestStart] = {}
-        self._ended: list[str] = []
+        self._untold = _Told()
         self._step = 0
         self._dropped = 0
         self._dropped_tokens = 0
         self._overhead_ns = 0
+        self._held: _Step | None = None
+
+    def keep(self, kept: SlotCache | None, block_size: int) -> None:
+        """From now on keep activations by KV slot."""
+        self._kept, self._block_size = kept, block_size
 
     def charge(self, nanoseconds: int) -> None:
         """Add host time that Steerscope spent in this step."""
         self._overhead_ns += nanoseconds
 
-    def emit(self, layout: StepLayout, rows_T: IntArray, finished: Sequence[str]) -> None:
-        """Send the step. ``finished`` are requests that ended before it. Never raises."""
+    def end(self, ended: Mapping[str, int]) -> None:
+        """Requests ended. Only what the hub knows of is kept: it may never take a frame again."""
+        for req_id, end in ended.items():
+            if req_id in self._known:
+                self._known.remove(req_id)
+                self._untold.ended.append(RequestEnd(req_id, end))
+            self._untold.started.pop(req_id, None)
+
+    def change(self, req_id: str, position: int, stamp: Stamp) -> None:
+        """A request's steering changed from ``position`` on."""
+        if req_id in self._known or req_id in self._untold.started:
+            self._untold.changed.append(
+                SteeringChange(
+                    req_id,
+                    position,
+                    stamp.policy,
+                    self._applied(stamp),
+                    canonical_json(stamp.current),
+                )
+            )
+
+    def emit(self, layout: StepLayout, rows_T: IntArray) -> None:
+        """Keep the step's values and tell the hub. Never raises."""
+        step = self._read(layout, rows_T)
+        if step is not None:
+            self._tell(step)
+
+    def hold(self, layout: StepLayout, rows_T: IntArray) -> None:
+        """Like ``emit``, once ``release`` says what was accepted."""
+        step = self._read(layout, rows_T)
+        self._held = step and step.detached()
+
+    def release(self, ends: Mapping[str, int]) -> None:
+        """Tell the hub of the step that was held. ``ends``: see ``StepNote``."""
+        step, self._held = self._held, None
+        if step is not None:
+            self._tell(step.accepted(ends))
+
+    def flush(self) -> None:
+        """Tell the hub what there is to tell when no token was computed."""
+        self._tell(_Step(EMPTY_LAYOUT, None, []))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to tell besides tokens."""
+        return bool(self._untold.ended or self._untold.changed)
+
+    def _read(self, layout: StepLayout, rows_T: IntArray) -> _Step | None:
         num_tokens = int(layout.query_start_loc[-1])
-        self._end(finished)
-        started = self._started(layout)
         try:
-            sent = self._sender.send(encode(self._frame(layout, rows_T, started, num_tokens)))
-        except Exception:  # telemetry fails open, whatever is wrong: the loss is counted
-            _log.exception("steerscope: a step could not be read out")
-            sent = False
+            steered = np.flatnonzero(rows_T)
+            slots_T = self._roster.slots(layout, self._block_size) if self._kept else None
+            sites = [_values(tap, num_tokens, steered) for tap in self._sites]
+        except Exception:
+            self._fail(num_tokens)
+            return None
+        return _Step(layout, slots_T, sites)
+
+    def _tell(self, step: _Step) -> None:
+        num_tokens = int(step.layout.query_start_loc[-1])
+        try:
+            if self._kept and step.slots_T is not None:
+                self._kept.write(step.slots_T, step.sites)
+            self._start(step.layout)
+            sent = self._sender.send(encode(self._frame(step)))
+        except Exception:
+            self._fail(num_tokens)
+            return
         self._overhead_ns = 0
         self._step += 1
         if sent:
-            self._ended.clear()
-            self._known.update(self._untold)
+            self._known.update(self._untold.started)
             self._untold.clear()
-        else:  # starts and ends are told again with the next frame
-            self._dropped += 1
-            self._dropped_tokens += num_tokens
+        else:  # what is to be known of requests is told again with the next frame
+            self._lose(num_tokens)
 
-    def _frame(
-        self,
-        layout: StepLayout,
-        rows_T: IntArray,
-        started: tuple[RequestStart, ...],
-        num_tokens: int,
-    ) -> Frame:
-        steered = np.flatnonzero(rows_T)
+    def _fail(self, num_tokens: int) -> None:
+        """Telemetry fails open, whatever is wrong: the loss is counted, nothing stale is kept."""
+        _log.exception("steerscope: a step could not be read out")
+        self._kept = None
+        self._step += 1
+        self._lose(num_tokens)
+
+    def _lose(self, num_tokens: int) -> None:
+        self._dropped += 1
+        self._dropped_tokens += num_tokens
+
+    def _frame(self, step: _Step) -> Frame:
         return Frame(
             version=FRAME_VERSION,
             catalog_digest=self._source.catalog_digest,
@@ -125,57 +241,76 @@ class Readout:
             overhead_ns=self._overhead_ns,
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
-            started=started,
-            finished=tuple(self._ended),
-            request_ids=tuple(layout.req_ids),
-            query_start_loc=tuple(layout.query_start_loc.tolist()),
-            positions=tuple(layout.first_positions.tolist()),
-            sites=tuple(_site(tap, num_tokens, steered) for tap in self._sites)
-            if num_tokens
-            else (),
+            started=tuple(self._untold.started.values()),
+            finished=tuple(self._untold.ended),
+            changed=tuple(self._untold.changed),
+            request_ids=tuple(step.layout.req_ids),
+            query_start_loc=tuple(step.layout.query_start_loc.tolist()),
+            positions=tuple(step.layout.first_positions.tolist()),
+            sites=self._activations(step.sites),
         )
 
-    def _end(self, finished: Sequence[str]) -> None:
-        """Only ends of requests that the hub knows are kept: it may never take a frame again."""
-        for req_id in finished:
-            if req_id in self._known:
-                self._known.remove(req_id)
-                self._ended.append(req_id)
-            self._untold.pop(req_id, None)
-
-    def _started(self, layout: StepLayout) -> tuple[RequestStart, ...]:
+    def _start(self, layout: StepLayout) -> None:
         """Requests the hub has not been told of, each with the first position it ever had."""
         for req_id, position in zip(layout.req_ids, layout.first_positions, strict=True):
-            if req_id not in self._known and req_id not in self._untold:
-                self._untold[req_id] = _start(req_id, self._lookup(req_id), int(position))
-        return tuple(self._untold.values())
+            if req_id not in self._known and req_id not in self._untold.started:
+                self._untold.started[req_id] = self._request_start(req_id, int(position))
+
+    def _request_start(self, req_id: str, first_position: int) -> RequestStart:
+        info = self._roster.info(req_id)
+        stamp = info.stamp
+        return RequestStart(
+            request_id=req_id,
+            external_id=stamp.external_id if stamp else req_id,
+            num_prompt_tokens=info.num_prompt_tokens,
+            first_position=first_position,
+            policy=stamp.policy if stamp else "",
+            digest=self._applied(stamp) if stamp and stamp.policy else "",
+            interventions=canonical_json(stamp.current) if stamp and stamp.policy else b"",
+            cached=self._cached(req_id, first_position),
+        )
+
+    def _applied(self, stamp: Stamp) -> str:
+        """The digest of what this worker does, made from that and not copied from the stamp."""
+        return steering_digest(self._source.catalog_digest, stamp.current, stamp.max_dose)
+
+    def _cached(self, req_id: str, num_positions: int) -> CachedActivations | None:
+        """What is kept of the tokens whose KV the request found in the prefix cache."""
+        if self._kept is None or not num_positions:
+            return None
+        slots = self._roster.leading_slots(req_id, num_positions, self._block_size)
+        known, sites = self._kept.read(slots)
+        if not known.any():
+            return None
+        return CachedActivations(known.tobytes(), self._activations(sites))
+
+    def _activations(self, sites: Sequence[SiteValues]) -> tuple[SiteActivations, ...]:
+        """Of every site, or, in a step without tokens, of none."""
+        return tuple(
+            _activations(tap, values) for tap, values in zip(self._sites, sites, strict=bool(sites))
+        )
 
 
-def _start(req_id: str, info: RequestInfo, first_position: int) -> RequestStart:
-    stamp = info.stamp
-    return RequestStart(
-        request_id=req_id,
-        external_id=stamp.external_id if stamp else req_id,
-        num_prompt_tokens=info.num_prompt_tokens,
-        first_position=first_position,
-        policy=stamp.policy if stamp else "",
-        digest=stamp.digest if stamp else "",
-        interventions=canonical_json(stamp.interventions) if stamp and stamp.policy else b"",
-    )
-
-
-def _site(tap: SiteTap, num_tokens: int, steered: IntArray) -> SiteActivations:
-    acts = tap.acts_TF[:num_tokens].cpu().numpy().tobytes()
-    name, num_features = str(tap.key), len(tap.features)
+def _values(tap: SiteTap, num_tokens: int, steered: IntArray) -> SiteValues:
+    acts = tap.acts_TF[:num_tokens].cpu().numpy()
     if not steered.size:
+        return SiteValues(acts, None, None)
+    deltas, doses = np.zeros_like(acts), np.zeros(num_tokens, np.float32)
+    deltas[steered] = tap.deltas_TF[:num_tokens].cpu().numpy()[steered]
+    doses[steered] = tap.doses_T[:num_tokens].cpu().numpy()[steered]
+    return SiteValues(acts, deltas, doses)
+
+
+def _activations(tap: SiteTap, values: SiteValues) -> SiteActivations:
+    name, num_features, acts = str(tap.key), len(tap.features), values.acts.tobytes()
+    if values.deltas is None or values.doses is None:
         return SiteActivations(name, num_features, acts)
-    doses = tap.doses_T[:num_tokens].cpu().numpy()[steered]
-    edited = steered[doses > 0.0]
+    edited = np.flatnonzero(values.doses > 0.0)
     return SiteActivations(
         name,
         num_features,
         acts,
         edited.astype(np.int32).tobytes(),
-        tap.deltas_TF[:num_tokens].cpu().numpy()[edited].tobytes(),
-        doses[doses > 0.0].tobytes(),
+        values.deltas[edited].tobytes(),
+        values.doses[edited].tobytes(),
     )

@@ -6,7 +6,11 @@ Shapes: T tokens, D model width, F features of one site, S steering rows.
     pre    = x @ W_enc + b_enc                     [T, F]  selected encoder columns, b_dec folded in
     f      = act(pre)                              [T, F]  relu | jumprelu(threshold) | identity
     f'     = clip(scale * f + add, lo, hi)         [T, F]  parameters of the token's steering row
-    hidden = hidden + ((f' - f) * gate) @ W_dec    [T, D]  the SAE's error term is untouched
+    delta  = ((f' - f) * gate) @ W_dec             [T, D]
+    dose   = |delta| / |y|                         [T]     y: what is written to, before the edit
+    hidden = hidden + delta * min(1, max_dose / dose)      the SAE's error term is untouched
+
+y is x, save for a transcoder, which reads ``mlp_in`` and writes ``mlp_out``.
 
 Sources: JumpReLU, Rajamanoharan et al. 2024 (arXiv 2407.14435); editing one latent
 while keeping the reconstruction error, Templeton et al. 2024; names as in SAELens.
@@ -35,7 +39,8 @@ class Rows(NamedTuple):
     """Edit parameters: of all rows [S, F] or, gathered, of each token [T, F].
 
     The gate holds where ``f > self_above``, ``f[gate_index] > gate_above`` and
-    ``f[gate_index] < gate_below``; neutral bounds are infinite.
+    ``f[gate_index] < gate_below``; neutral bounds are infinite. ``max_dose`` is one number
+    for the whole row, [S, 1] or [T, 1].
     """
 
     scale: Tensor
@@ -46,6 +51,7 @@ class Rows(NamedTuple):
     gate_index: Tensor
     gate_above: Tensor
     gate_below: Tensor
+    max_dose: Tensor
 
     def at(self, rows_T: Tensor) -> Rows:
         """Each token's parameters."""
@@ -70,14 +76,19 @@ def edit(acts_TF: Tensor, rows_TF: Rows) -> Tensor:
     return torch.where(holds_TF, edited_TF - acts_TF, 0.0)
 
 
-def decode(delta_TF: Tensor, W_dec_FD: Tensor) -> Tensor:
-    """The change of the residual stream [T, D]."""
-    return delta_TF @ W_dec_FD
+class Written(NamedTuple):
+    """A change of the stream [T, D], its dose [T], and how much of it the cap left [T, 1]."""
+
+    delta_TD: Tensor
+    dose_T: Tensor
+    share_T1: Tensor
 
 
-def dose(delta_TD: Tensor, x_TD: Tensor) -> Tensor:
-    """Size of the change relative to the stream, per token [T]."""
+def decode(delta_TF: Tensor, W_dec_FD: Tensor, y_TD: Tensor, max_dose_T1: Tensor) -> Written:
+    """The change of what is written to, its dose held to ``max_dose``."""
     tiny = torch.finfo(torch.float32).tiny
-    size_T = torch.linalg.vector_norm(x_TD, dim=-1).clamp_min(tiny)
-    dose_T: Tensor = torch.linalg.vector_norm(delta_TD, dim=-1) / size_T
-    return dose_T
+    delta_TD = delta_TF @ W_dec_FD
+    size_T = torch.linalg.vector_norm(y_TD, dim=-1).clamp_min(tiny)
+    dose_T = torch.linalg.vector_norm(delta_TD, dim=-1) / size_T
+    share_T1 = (max_dose_T1 / dose_T.clamp_min(tiny).unsqueeze(1)).clamp_max(1.0)
+    return Written(delta_TD * share_T1, dose_T * share_T1.squeeze(1), share_T1)

@@ -1,30 +1,36 @@
 """One worker's Steerscope: taps in the model, rows, plan and readout, in step order.
 
+    begin(news)       what the scheduler says, before the runner lays the batch out
     plan(layout)      after the runner laid the batch out, before the forward
-    finish(finished)  after the forward: read out, back to neutral
+    finish()          after the forward: read out, back to neutral
 
 Shapes: T_max the most tokens a step can hold.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steerscope.catalog.store import Catalog
-from steerscope.engine import ops
-from steerscope.engine.plan import BatchPlan, IntArray, RequestInfo, StepLayout
+from steerscope.engine import ops, wiring
+from steerscope.engine.canary import Canary
+from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, StepLayout, positions
 from steerscope.engine.readout import FrameSender, Readout, Source
+from steerscope.engine.roster import Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
-from steerscope.engine.taps import SiteTap, StepRows, TapHook
+from steerscope.engine.scheduling import StepNote
+from steerscope.engine.slots import KvGeometry, SlotCache
+from steerscope.engine.taps import SiteTap, StepRows
+from steerscope.steering import stamp as stamps
+from steerscope.steering.segments import Segment
 from steerscope.steering.stamp import Stamp
-
-_EMPTY = StepLayout((), np.zeros(1, np.int64), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,21 @@ class Capacity:
     max_num_tokens: int
     max_num_seqs: int
     max_rows_per_request: int
+    max_model_len: int
+    max_cache_bytes: int
+    """Host memory for activations kept beside the KV cache; 0 keeps none."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepNews:
+    """A step's scheduler output, in our terms."""
+
+    ended: Sequence[str]
+    arrivals: Sequence[Arrival]
+    more_blocks: Sequence[MoreBlocks]
+    foreign_blocks: Sequence[int]
+    """Blocks that vLLM fills by other means than a forward pass."""
+    note: StepNote
 
 
 class EngineRuntime:
@@ -41,9 +62,11 @@ class EngineRuntime:
 
     Args:
         layers: the decoder layers this worker holds, by layer index.
-        lookup: internal request id to what the runner knows of the request.
         sender: None on a rank that edits but does not report: all tensor-parallel ranks see
             the same residual stream, the first of them tells of it.
+        kv_geometry: asked once, at the first step; None where no group of KV blocks holds
+            every token.
+        speculative: whether steps hold drafts.
         instance: tells engines in one process apart in the op's names.
     """
 
@@ -53,67 +76,132 @@ class EngineRuntime:
         layers: dict[int, nn.Module],
         capacity: Capacity,
         device: torch.device,
-        lookup: Callable[[str], RequestInfo],
         source: Source,
         sender: FrameSender | None,
+        kv_geometry: Callable[[], KvGeometry | None],
+        speculative: bool = False,
         instance: int = 0,
     ) -> None:
         num_rows = capacity.max_num_seqs * capacity.max_rows_per_request
-        step_rows = StepRows(capacity.max_num_tokens, device)
-        self._step_rows = step_rows
+        self._capacity = capacity
+        self._ask_kv_geometry = kv_geometry
+        self._speculative = speculative
+        self._step_rows = StepRows(capacity.max_num_tokens, device)
         self._sites = [
-            SiteTap(catalog, key, step_rows, num_rows + 1, device)
+            SiteTap(catalog, key, self._step_rows, num_rows + 1, device)
             for key in catalog.sites
             if key.layer in layers
         ]
         for tap in self._sites:
-            name = f"{tap.key}@{instance}"
-            ops.register(name, tap)
-            layers[tap.key.layer].register_forward_hook(TapHook(name))
-        self._plan = BatchPlan(RowTable(num_rows), lookup, self._write_row)
+            _attach(layers[tap.key.layer], tap, f"{tap.key}@{instance}")
+        self.roster = Roster(capacity.max_num_seqs, capacity.max_model_len // 16 + 1)
+        self._plan = BatchPlan(RowTable(num_rows), self.roster.info, self._write_row)
         # A pipeline stage without a site has nothing to tell either.
         self._readout = (
-            Readout(source, self._sites, sender, lookup) if sender and self._sites else None
+            Readout(source, self._sites, sender, self.roster) if sender and self._sites else None
         )
-        self._layout = _EMPTY
+        self._canary = Canary(self._sites)
+        self._geometry: KvGeometry | None = None
+        self._kept: SlotCache | None = None
+        self.is_in_step = False
+        """Between ``begin`` and ``finish``; what runs outside is no step of the scheduler's."""
+        self._served_T: Tensor | None = None
+        self._layout = EMPTY_LAYOUT
         self._rows_T: IntArray = np.zeros(0, np.int64)
 
     def announce(self) -> None:
         """Tell the hub that this worker is there, so that its series exist from the start."""
         if self._readout is not None:
-            self._readout.emit(_EMPTY, self._rows_T, ())
+            self._readout.flush()
 
-    def plan(self, layout: StepLayout) -> None:
-        """Lay steering over the step's tokens; the forward may start."""
+    def kv_geometry(self) -> KvGeometry | None:
+        """The KV cache as it is laid out, once it is."""
+        if self._geometry is None:
+            self._geometry = self._ask_kv_geometry()
+            if self._geometry is not None and self._readout is not None:
+                widths = tuple(len(tap.features) for tap in self._sites)
+                num_slots = self._geometry.num_blocks * self._geometry.block_size
+                self._kept = SlotCache(widths, num_slots, self._capacity.max_cache_bytes)
+                self._readout.keep(self._kept, self._geometry.block_size)
+        return self._geometry
+
+    def begin(self, news: StepNews) -> None:
+        """Follow the scheduler: who ended, who came, what changed. Before the batch is laid out."""
         began = time.perf_counter_ns()
-        self._layout = layout
-        self._rows_T = self._plan.rows(layout)
-        self._step_rows.stage(self._rows_T)
+        self.is_in_step = True
+        note = news.note
+        if self._readout is not None:
+            self._readout.release(note.computed | note.ended)
+            self._readout.end({req_id: note.ended.get(req_id, 0) for req_id in news.ended})
+        self._plan.forget(news.ended)
+        self.roster.leave(news.ended)
+        self.roster.arrive(news.arrivals)
+        self.roster.extend(news.more_blocks)
+        for req_id, payload in note.stamps.items():
+            self._restamp(req_id, stamps.decode(payload))
+        if self._kept is not None and self._geometry is not None:
+            self._kept.forget_blocks(news.foreign_blocks, self._geometry.block_size)
         if self._readout is not None:
             self._readout.charge(time.perf_counter_ns() - began)
 
-    def finish(self, finished: Sequence[str]) -> None:
-        """Read the step out. ``finished`` are requests that ended before this step."""
+    def plan(self, layout: StepLayout, served_T: Tensor | None) -> None:
+        """Lay steering over the step's tokens; the forward may start.
+
+        ``served_T``: the positions that the runner itself computed, at least [T], or None.
+        """
         began = time.perf_counter_ns()
-        layout, self._layout = self._layout, _EMPTY
-        self._step_rows.clear()
+        self._layout = layout
+        self._served_T = served_T
+        self._rows_T = self._plan.rows(layout)
+        self._step_rows.stage(self._rows_T)
+        if self._canary:
+            self._canary.before(self._rows_T.size)
         if self._readout is not None:
-            if layout.req_ids or finished:
-                self._readout.emit(layout, self._rows_T, finished)
+            self._readout.charge(time.perf_counter_ns() - began)
+
+    def finish(self) -> None:
+        """Read the step out."""
+        began = time.perf_counter_ns()
+        layout, self._layout = self._layout, EMPTY_LAYOUT
+        self.is_in_step = False
+        self._step_rows.clear()
+        if self._rows_T.size and self._canary:
+            self._canary.after(positions(layout), self._served_T)
+        if self._readout is not None:
+            self._read_out(self._readout, layout)
             self._readout.charge(time.perf_counter_ns() - began)
         self._rows_T = self._rows_T[:0]
 
-    def forget(self, finished: Sequence[str]) -> None:
-        """Requests that ended give their rows back; called before the batch is planned."""
-        if finished:
-            self._plan.forget(finished)
-
     def abandon(self) -> None:
         """The step failed: nothing to read out, back to neutral."""
-        self._layout = _EMPTY
+        self._layout = EMPTY_LAYOUT
+        self.is_in_step = False
+        self._rows_T = self._rows_T[:0]
         self._step_rows.clear()
 
-    def _write_row(self, row: int, stamp: Stamp, active: tuple[int, ...]) -> None:
-        edits = [stamp.interventions[i] for i in active]
+    def _read_out(self, readout: Readout, layout: StepLayout) -> None:
+        if layout.req_ids and self._speculative:
+            readout.hold(layout, self._rows_T)
+        elif layout.req_ids:
+            readout.emit(layout, self._rows_T)
+        elif readout.has_news:
+            readout.flush()
+
+    def _restamp(self, req_id: str, stamp: Stamp) -> None:
+        self.roster.restamp(req_id, stamp)
+        self._plan.restamp(req_id)
+        if self._readout is not None:
+            self._readout.change(req_id, stamp.changed_at, stamp)
+
+    def _write_row(self, row: int, stamp: Stamp, segment: Segment) -> None:
+        edits = [stamp.interventions[i] for i in segment.active]
         for site in self._sites:
-            site.write_row(row, edits)
+            site.write_row(row, edits, segment.max_dose)
+
+
+def _attach(layer: nn.Module, tap: SiteTap, name: str) -> None:
+    """Put the tap's ops into the layer's forward pass. Its write comes before other taps there."""
+    ops.register(name, tap)
+    wiring.attach(layer, tap.key.site, functools.partial(ops.tap, site=name))
+    if tap.writes is not None:
+        wiring.attach(layer, tap.writes, functools.partial(ops.write, site=name))

@@ -19,17 +19,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import wrapt
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch import nn
 
 from steerscope.catalog.fingerprint import ServedModel
+from steerscope.engine import wiring
 from steerscope.engine.plan import RequestInfo, StepLayout
-from steerscope.engine.runtime import Capacity, EngineRuntime
+from steerscope.engine.roster import Arrival, MoreBlocks
+from steerscope.engine.runtime import Capacity, EngineRuntime, StepNews
+from steerscope.engine.scheduling import SchedulerSide, StepNote
+from steerscope.engine.slots import KvGeometry
 from steerscope.errors import SpecError, UnsupportedEngineError
 from steerscope.steering import segments, stamp
 from steerscope.steering.admission import STEERING_KEY
 
 if TYPE_CHECKING:
     from steerscope.steering.frontend import FrontEnd
+
+SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33")
 
 _ATTRIBUTE = "_steerscope"
 _ORIGINAL = "__steerscope_original__"
@@ -45,6 +53,8 @@ class Callbacks:
     """The finished VllmConfig: check it, start the hub."""
     front_end: Callable[[Any], FrontEnd | None]
     """VllmConfig → the front end's half, None when not ours."""
+    scheduler_side: Callable[[Any], SchedulerSide | None]
+    """VllmConfig → the scheduler's half, None when not ours."""
     runtime: Callable[[Any, Any], EngineRuntime | None]
     """(VllmConfig, model runner) → the worker's half, None when not ours."""
 
@@ -131,33 +141,63 @@ def served_name(vllm_config: Any) -> str:
     return str(name[0] if isinstance(name, list) else name)
 
 
+def check_version() -> None:
+    """Refuse a vLLM that we were not proven with."""
+    if Version(version()) not in SUPPORTED_VLLM:
+        raise UnsupportedEngineError(
+            f"vLLM {version()} is not supported; steerscope is proven with {SUPPORTED_VLLM}"
+        )
+
+
 def check_engine(vllm_config: Any) -> None:
     """Refuse modes that we cannot serve exactly, naming the flag."""
-    parallel = vllm_config.parallel_config
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
     envs = importlib.import_module("vllm.envs")
     refused = {
-        "--speculative-config": vllm_config.speculative_config is not None,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--enable-dbo": parallel.enable_dbo,
+        "--distributed-executor-backend": parallel.distributed_executor_backend
+        not in (None, "mp", "uni"),
+        "--scheduler-cls": scheduler.scheduler_cls is not None,
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "--runner pooling": vllm_config.model_config.runner_type != "generate",
-        "VLLM_USE_V2_MODEL_RUNNER (set it to 0)": vllm_config.use_v2_model_runner,
         "VLLM_USE_RUST_FRONTEND": bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False)),
     }
+    if speculative is not None:
+        refused |= {
+            f"--speculative-config with method {speculative.method!r}": (
+                speculative.method != "ngram"
+            ),
+            "--speculative-config with the V2 runner": vllm_config.use_v2_model_runner,
+            "--speculative-config with --async-scheduling": bool(scheduler.async_scheduling),
+            "--speculative-config with --pipeline-parallel-size": (
+                parallel.pipeline_parallel_size > 1
+            ),
+        }
     for flag, is_on in refused.items():
         if is_on:
             raise UnsupportedEngineError(f"steerscope does not support {flag} yet")
 
 
-def capacity(vllm_config: Any, model_runner: Any, max_rows_per_request: int) -> Capacity:
+def is_speculative(vllm_config: Any) -> bool:
+    """Whether steps hold drafts."""
+    return vllm_config.speculative_config is not None
+
+
+def capacity(
+    vllm_config: Any, model_runner: Any, max_rows_per_request: int, max_cache_bytes: int
+) -> Capacity:
     """Sizes of the buffers; CUDA graphs may pad a step beyond the scheduler's limit."""
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or ()
     return Capacity(
         max_num_tokens=max(model_runner.max_num_tokens, *sizes, 1),
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_rows_per_request=max_rows_per_request,
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_cache_bytes=max_cache_bytes,
     )
 
 
@@ -168,28 +208,61 @@ def is_first_tensor_rank() -> bool:
 
 
 def decoder_layers(model: nn.Module, num_hidden_layers: int) -> dict[int, nn.Module]:
-    """The decoder layers this rank holds, found as the one list of that length."""
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_hidden_layers
-    ]
-    if len(stacks) != 1:
-        raise UnsupportedEngineError(
-            f"{type(model).__name__} has {len(stacks)} lists of {num_hidden_layers} layers; "
-            "the decoder stack is not clear"
-        )
+    """The decoder layers this rank holds."""
     missing = importlib.import_module("vllm.model_executor.models.utils").PPMissingLayer
-    return {i: layer for i, layer in enumerate(stacks[0]) if not isinstance(layer, missing)}
+    return wiring.decoder_layers(model, num_hidden_layers, missing)
 
 
-def request_info(model_runner: Any, req_id: str) -> RequestInfo:
-    """What the runner knows of a request of the step."""
-    request = model_runner.requests[req_id]
-    payload = (getattr(request.sampling_params, "extra_args", None) or {}).get(stamp.STAMP_KEY)
-    return RequestInfo(
-        stamp.decode(payload) if payload is not None else None, request.num_prompt_tokens
+def kv_geometry(model_runner: Any) -> KvGeometry | None:
+    """The group of KV blocks that hold every token of a request, or None if there is none."""
+    config = model_runner.kv_cache_config
+    full = importlib.import_module("vllm.v1.kv_cache_interface").FullAttentionSpec
+    for index, group in enumerate(config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        members = getattr(spec, "kv_cache_specs", {"": spec}).values()
+        if all(isinstance(member, full) and not _has_gaps(member) for member in members):
+            return KvGeometry(index, spec.block_size, config.num_blocks)
+    return None
+
+
+def _has_gaps(spec: Any) -> bool:
+    """RSWA is full attention by type, but gives blocks of the middle back."""
+    return type(spec).__name__ == "RSWASpec"
+
+
+def _news(scheduler_output: Any, geometry: KvGeometry | None) -> StepNews:
+    """What a step's scheduler output says of requests, in our terms."""
+    cached = scheduler_output.scheduled_cached_reqs
+    more = zip(cached.req_ids, cached.new_block_ids, strict=True)
+    copies = getattr(scheduler_output, "kv_cache_block_copies", None) or ()
+    note: StepNote = getattr(scheduler_output, _ATTRIBUTE)
+    return StepNews(
+        ended=tuple(scheduler_output.finished_req_ids),
+        arrivals=[
+            Arrival(new.req_id, _request_info(new), _blocks(new.block_ids, geometry))
+            for new in scheduler_output.scheduled_new_reqs
+        ],
+        more_blocks=[
+            MoreBlocks(req_id, _blocks(blocks, geometry), req_id in cached.resumed_req_ids)
+            for req_id, blocks in more
+            if blocks is not None
+        ],
+        foreign_blocks=[copy.dst_block_id for copy in copies],
+        note=note,
     )
+
+
+def _blocks(block_ids: Any, geometry: KvGeometry | None) -> Any:
+    return block_ids[geometry.group] if geometry is not None else ()
+
+
+def _request_info(new: Any) -> RequestInfo:
+    payload = (getattr(new.sampling_params, "extra_args", None) or {}).get(stamp.STAMP_KEY)
+    if new.prompt_token_ids is not None:
+        num_prompt_tokens = len(new.prompt_token_ids)
+    else:
+        num_prompt_tokens = int(new.prompt_embeds.shape[0])
+    return RequestInfo(stamp.decode(payload) if payload is not None else None, num_prompt_tokens)
 
 
 def _launch(
@@ -282,6 +355,57 @@ def _salted(
     return (*(keys or ()), (stamp.STAMP_KEY, salt)), next_mm_idx
 
 
+def _side(callbacks: Callbacks, scheduler: Any) -> SchedulerSide | None:
+    if not hasattr(scheduler, _ATTRIBUTE):
+        setattr(scheduler, _ATTRIBUTE, callbacks.scheduler_side(scheduler.vllm_config))
+    side: SchedulerSide | None = getattr(scheduler, _ATTRIBUTE)
+    return side
+
+
+def _schedule(
+    callbacks: Callbacks, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    side = _side(callbacks, self)
+    if side is None:
+        return original(self, *args, **kwargs)
+    note = side.before_step(self.requests, functools.partial(_restamp, self))
+    scheduler_output = original(self, *args, **kwargs)
+    side.after_step(scheduler_output.num_scheduled_tokens)
+    setattr(scheduler_output, _ATTRIBUTE, note)
+    return scheduler_output
+
+
+def _freed(
+    callbacks: Callbacks,
+    original: Callable[..., Any],
+    self: Any,
+    request: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    side = _side(callbacks, self)
+    if side is not None:
+        # What was sampled last is never fed, unless the request was cut off.
+        reason = request.get_finished_reason()
+        completed = request.num_output_tokens > 0 and str(reason) not in ("abort", "error")
+        side.end(request.request_id, request, has_unfed_token=completed)
+    return original(self, request, *args, **kwargs)
+
+
+def _restamp(scheduler: Any, req_id: str, position: int, changed: stamp.Stamp) -> None:
+    """Give the request its new steering, and new hashes to the blocks from ``position`` on."""
+    request = scheduler.requests[req_id]
+    request.sampling_params = copy.copy(request.sampling_params)
+    request.sampling_params.extra_args = {
+        **request.sampling_params.extra_args,
+        stamp.STAMP_KEY: stamp.encode(changed),
+    }
+    config = scheduler.kv_cache_config
+    block_size = getattr(config, "hash_block_size", None) or scheduler.cache_config.block_size
+    del request.block_hashes[position // block_size :]
+    request.update_block_hashes()
+
+
 def _load(
     callbacks: Callbacks, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -291,12 +415,12 @@ def _load(
     return result
 
 
-def _planned(
+def _planned_v1(
     callbacks: Callbacks, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
     result = original(self, *args, **kwargs)
     runtime: EngineRuntime | None = getattr(self, _ATTRIBUTE, None)
-    if runtime is not None:
+    if runtime is not None and runtime.is_in_step:
         batch = self.input_batch
         num_reqs = batch.num_reqs
         runtime.plan(
@@ -304,9 +428,28 @@ def _planned(
                 tuple(batch.req_ids),
                 self.query_start_loc.np[: num_reqs + 1].astype(np.int64),
                 batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
-            )
+            ),
+            None if getattr(self, "uses_mrope", False) else self.positions,
         )
     return result
+
+
+def _planned_v2(
+    callbacks: Callbacks, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    batch = original(self, *args, **kwargs)
+    runtime: EngineRuntime | None = getattr(self, _ATTRIBUTE, None)
+    if runtime is not None and runtime.is_in_step:
+        num_reqs = len(batch.req_ids)
+        runtime.plan(
+            StepLayout(
+                tuple(batch.req_ids),
+                batch.query_start_loc_np[: num_reqs + 1].astype(np.int64),
+                batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+            ),
+            None if getattr(self, "uses_mrope", False) else batch.positions,
+        )
+    return batch
 
 
 def _executed(
@@ -318,17 +461,26 @@ def _executed(
     **kwargs: Any,
 ) -> Any:
     runtime: EngineRuntime | None = getattr(self, _ATTRIBUTE, None)
-    if runtime is None:
+    if runtime is None or not _is_scheduled(scheduler_output):
         return original(self, scheduler_output, *args, **kwargs)
-    finished = tuple(scheduler_output.finished_req_ids)
-    runtime.forget(finished)
+    runtime.begin(_news(scheduler_output, runtime.kv_geometry()))
     try:
         result = original(self, scheduler_output, *args, **kwargs)
     except BaseException:
         runtime.abandon()
         raise
-    runtime.finish(finished)
+    runtime.finish()
     return result
+
+
+def _is_scheduled(scheduler_output: Any) -> bool:
+    """Whether the step is the scheduler's, and not a dummy or warm-up of the runner's own."""
+    if hasattr(scheduler_output, _ATTRIBUTE):
+        return True
+    for new in scheduler_output.scheduled_new_reqs:
+        if _request_info(new).stamp is not None:
+            raise UnsupportedEngineError("a step came without the note of its scheduler")
+    return False
 
 
 SEAMS = (
@@ -387,6 +539,23 @@ SEAMS = (
         )
     ),
     Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.schedule",
+        ("self",),
+        "one call per step; before it, num_computed_tokens of a request is the end of what was "
+        "accepted, and blocks from there on are not cached yet; its result goes to every rank as "
+        "it is, in order",
+        _schedule,
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._free_request",
+        ("self", "request"),
+        "every request that ends passes here once, with its final status, before the next "
+        "schedule() names it in finished_req_ids",
+        _freed,
+    ),
+    Seam(
         "vllm.v1.worker.gpu_worker",
         "Worker.load_model",
         ("self",),
@@ -399,14 +568,26 @@ SEAMS = (
         ("self", "scheduler_output", "num_scheduled_tokens"),
         "on return input_batch.req_ids, num_computed_tokens_cpu and query_start_loc.np hold "
         "the step's layout in row order",
-        _planned,
+        _planned_v1,
     ),
     Seam(
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner.execute_model",
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.prepare_inputs",
         ("self", "scheduler_output"),
-        "one call per step; the forward has been launched on return; finished_req_ids holds "
-        "requests that ended before this step",
-        _executed,
+        "the same of the V2 runner: its result holds req_ids, num_computed_tokens_np, "
+        "query_start_loc_np and positions in row order",
+        _planned_v2,
+    ),
+    *(
+        Seam(
+            module,
+            "GPUModelRunner.execute_model",
+            ("self", "scheduler_output"),
+            "one call per step; the forward has been launched on return; scheduler_output holds "
+            "requests that ended before this step, those that are new (or, in the V2 runner, "
+            "back after preemption), and blocks by KV cache group",
+            _executed,
+        )
+        for module in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
     ),
 )

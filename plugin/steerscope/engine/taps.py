@@ -7,14 +7,16 @@ are never reallocated: their addresses may be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from steerscope.catalog.model import Activation, Feature
+from steerscope.catalog.model import Activation, Feature, Site
 from steerscope.catalog.store import Catalog, SiteKey
-from steerscope.engine import ops, reference
+from steerscope.engine import reference
 from steerscope.engine.reference import Encoder, Rows
 from steerscope.steering.interventions import Intervention, Op
 
@@ -28,6 +30,7 @@ _NEUTRAL = {
     "self_above": -INF,
     "gate_above": -INF,
     "gate_below": INF,
+    "max_dose": INF,
 }
 
 
@@ -57,13 +60,26 @@ class StepRows:
             self.steered_T = self.steered_T[:0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """What a site's features write at one place: rows of the others are zero."""
+
+    W_dec_FD: Tensor
+    mine_F: Tensor
+
+
 class SiteTap:
-    """One site of one engine: the callable behind ``steerscope::tap``.
+    """One site of one engine: the callable behind ``steerscope::tap`` and ``steerscope::write``.
 
     Attributes:
         acts_TF: float32 [T_max, F] activations before any edit; valid after the forward.
         deltas_TF: float32 [T_max, F] the edits made; valid at steered tokens only.
-        doses_T: float32 [T_max] relative size of the edits; valid at steered tokens only.
+        doses_T: float32 [T_max] relative size of the edits, the larger one where the site
+            writes at two places; valid at steered tokens only.
+        probe_D: float32 [D] what the site read at the step's first token, for the canary;
+            on a CPU only while ``is_probed``.
+        encoder: the read half, as the op uses it.
+        writes: the other site that some features write at, or None.
     """
 
     def __init__(
@@ -72,15 +88,22 @@ class SiteTap:
         features = catalog.sites[key]
         self.key = key
         self.features = features
+        self.is_probed = True
         self._addresses = {feature.name: index for index, feature in enumerate(features)}
         self._step = step
-        self._encoder = _encoder(catalog, features, device)
-        self._W_dec_FD = _decoder(catalog, features, device)
+        self.encoder = _encoder(catalog, features, device)
+        self._here = _decoder(catalog, features, key.site, device)
+        self._there = None
+        self.writes: Site | None = None
+        for site in {feature.writes for feature in features} - {key.site}:
+            self._there = _decoder(catalog, features, site, device)
+            self.writes = site if self._there else None
         self._rows = _neutral_rows(num_rows, len(features), device)
         shape = (step.rows_T.numel(), len(features))
         self.acts_TF = torch.zeros(shape, device=device)
         self.deltas_TF = torch.zeros(shape, device=device)
         self.doses_T = torch.zeros(shape[0], device=device)
+        self.probe_D = torch.zeros(self.encoder.W_enc_DF.shape[0], device=device)
 
     def __call__(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Read every token's features; edit ``hidden_TD`` in place where steering holds.
@@ -89,21 +112,35 @@ class SiteTap:
         device whose graph is captured every token takes the same path and the neutral
         row's result is discarded, so that unsteered tokens stay bit-identical.
         """
-        num_tokens = hidden_TD.shape[0]
-        x_TD = hidden_TD.float()
-        if residual_TD is not None:
-            x_TD = x_TD + residual_TD.float()
-        acts_TF = reference.encode(x_TD, self._encoder)
-        self.acts_TF[:num_tokens] = acts_TF
+        x_TD = _stream(hidden_TD, residual_TD)
+        acts_TF = reference.encode(x_TD, self.encoder)
+        self.acts_TF[: len(x_TD)] = acts_TF
         if not hidden_TD.is_cpu:
+            self.probe_D.copy_(x_TD[0])
             self._edit_all(hidden_TD, x_TD, acts_TF)
-        elif self._step.steered_T.numel():
+            return
+        if self.is_probed:
+            self.probe_D.copy_(x_TD[0])
+        if self._step.steered_T.numel():
             self._edit_some(hidden_TD, x_TD, acts_TF, self._step.steered_T)
 
-    def write_row(self, row: int, interventions: list[Intervention]) -> None:
+    def write(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
+        """Add what the site's transcoders write here; their edits were made at the site."""
+        assert self._there is not None
+        if not hidden_TD.is_cpu:
+            self._land_all(self._there, hidden_TD, _stream(hidden_TD, residual_TD))
+        elif self._step.steered_T.numel():
+            y_TD = _stream(hidden_TD, residual_TD)
+            self._land_some(self._there, hidden_TD, y_TD, self._step.steered_T)
+
+    def write_row(
+        self, row: int, interventions: list[Intervention], max_dose: float | None = None
+    ) -> None:
         """Fill a steering row with the edits of this site; the rest of it is neutral."""
         for name, value in _NEUTRAL.items():
             getattr(self._rows, name)[row] = value
+        if max_dose is not None:
+            self._rows.max_dose[row] = max_dose
         self._rows.gate_index[row] = torch.arange(len(self.features))
         for intervention in interventions:
             if intervention.feature in self._addresses:
@@ -121,38 +158,46 @@ class SiteTap:
             self._rows.gate_below[at] = INF if when.below is None else when.below
 
     def _edit_some(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor, tokens: Tensor) -> None:
-        delta_TF = reference.edit(acts_TF[tokens], self._rows.at(self._step.rows_T[tokens]))
-        delta_TD = reference.decode(delta_TF, self._W_dec_FD)
-        hidden_TD[tokens] = (hidden_TD[tokens].float() + delta_TD).to(hidden_TD.dtype)
-        self.deltas_TF[tokens] = delta_TF
-        self.doses_T[tokens] = reference.dose(delta_TD, x_TD[tokens])
+        rows_TF = self._rows.at(self._step.rows_T[tokens])
+        self.deltas_TF[tokens] = reference.edit(acts_TF[tokens], rows_TF)
+        self.doses_T[tokens] = 0.0
+        if self._here is not None:
+            self._land_some(self._here, hidden_TD, x_TD, tokens)
+
+    def _land_some(
+        self, decoder: _Decoder, hidden_TD: Tensor, y_TD: Tensor, tokens: Tensor
+    ) -> None:
+        max_dose_T1 = self._rows.max_dose[self._step.rows_T[tokens]]
+        delta_TF = self.deltas_TF[tokens]
+        written = reference.decode(delta_TF, decoder.W_dec_FD, y_TD[tokens], max_dose_T1)
+        hidden_TD[tokens] = (hidden_TD[tokens].float() + written.delta_TD).to(hidden_TD.dtype)
+        self.deltas_TF[tokens] = torch.where(decoder.mine_F, delta_TF * written.share_T1, delta_TF)
+        self.doses_T[tokens] = torch.maximum(self.doses_T[tokens], written.dose_T)
 
     def _edit_all(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor) -> None:
-        num_tokens = hidden_TD.shape[0]
+        num_tokens = len(x_TD)
+        rows_TF = self._rows.at(self._step.rows_T[:num_tokens])
+        self.deltas_TF[:num_tokens] = reference.edit(acts_TF, rows_TF)
+        self.doses_T[:num_tokens] = 0.0
+        if self._here is not None:
+            self._land_all(self._here, hidden_TD, x_TD)
+
+    def _land_all(self, decoder: _Decoder, hidden_TD: Tensor, y_TD: Tensor) -> None:
+        num_tokens = len(y_TD)
         rows_T = self._step.rows_T[:num_tokens]
-        delta_TF = reference.edit(acts_TF, self._rows.at(rows_T))
-        delta_TD = reference.decode(delta_TF, self._W_dec_FD)
-        steered_TD = (hidden_TD.float() + delta_TD).to(hidden_TD.dtype)
+        delta_TF, doses_T = self.deltas_TF[:num_tokens], self.doses_T[:num_tokens]
+        written = reference.decode(delta_TF, decoder.W_dec_FD, y_TD, self._rows.max_dose[rows_T])
+        steered_TD = (hidden_TD.float() + written.delta_TD).to(hidden_TD.dtype)
         neutral_T1 = (rows_T == reference.NEUTRAL_ROW).unsqueeze(1)
         hidden_TD.copy_(torch.where(neutral_T1, hidden_TD, steered_TD))
-        self.deltas_TF[:num_tokens] = delta_TF
-        self.doses_T[:num_tokens] = reference.dose(delta_TD, x_TD)
+        delta_TF.copy_(torch.where(decoder.mine_F, delta_TF * written.share_T1, delta_TF))
+        doses_T.copy_(torch.maximum(doses_T, written.dose_T))
 
 
-class TapHook:
-    """Forward hook of a decoder layer: calls the op on what the layer returns.
-
-    Layers return ``(hidden, residual)``, whose sum is the stream, or the stream itself.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if isinstance(output, tuple):
-            ops.tap(output[0], output[1], self._name)
-        else:
-            ops.tap(output, None, self._name)
+def _stream(hidden_TD: Tensor, residual_TD: Tensor | None) -> Tensor:
+    """x in float32: vLLM keeps the sum split where there is a residual."""
+    x_TD = hidden_TD.float()
+    return x_TD if residual_TD is None else x_TD + residual_TD.float()
 
 
 def _encoder(catalog: Catalog, features: tuple[Feature, ...], device: torch.device) -> Encoder:
@@ -168,10 +213,22 @@ def _encoder(catalog: Catalog, features: tuple[Feature, ...], device: torch.devi
     )
 
 
-def _decoder(catalog: Catalog, features: tuple[Feature, ...], device: torch.device) -> Tensor:
+def _decoder(
+    catalog: Catalog, features: tuple[Feature, ...], site: Site, device: torch.device
+) -> _Decoder | None:
+    """What the features write at ``site``; None if nothing."""
     vectors = [catalog.vectors[feature.name] for feature in features]
-    rows = [v.W_dec if v.W_dec is not None else np.zeros_like(v.W_enc) for v in vectors]
-    return torch.from_numpy(np.stack(rows)).to(device)
+    mine = [
+        v.W_dec is not None and feature.writes is site
+        for feature, v in zip(features, vectors, strict=True)
+    ]
+    if not any(mine):
+        return None
+    rows = [
+        v.W_dec if here and v.W_dec is not None else np.zeros_like(v.W_enc)
+        for here, v in zip(mine, vectors, strict=True)
+    ]
+    return _Decoder(torch.from_numpy(np.stack(rows)).to(device), torch.tensor(mine, device=device))
 
 
 def _neutral_rows(num_rows: int, num_features: int, device: torch.device) -> Rows:
@@ -188,6 +245,7 @@ def _neutral_rows(num_rows: int, num_features: int, device: torch.device) -> Row
         gate_index=index,
         gate_above=table("gate_above"),
         gate_below=table("gate_below"),
+        max_dose=torch.full((num_rows, 1), _NEUTRAL["max_dose"], device=device),
     )
 
 

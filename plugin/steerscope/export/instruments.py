@@ -67,6 +67,14 @@ OBSERVED_TOKENS = Instrument(
     "Tokens observed at every site, each position of a sequence once.",
     (*ENGINE, "phase"),
 )
+CACHED_TOKENS = Instrument(
+    "steerscope_cached_tokens_total",
+    Kind.COUNTER,
+    "{token}",
+    "Of the observed tokens, those whose KV came from the prefix cache: their activations were "
+    "kept when an earlier request computed them.",
+    ENGINE,
+)
 UNOBSERVED_TOKENS = Instrument(
     "steerscope_unobserved_tokens_total",
     Kind.COUNTER,
@@ -144,6 +152,7 @@ INSTRUMENTS = (
     FEATURE_ACTIVATION,
     FEATURE_ACTIVE_TOKENS,
     OBSERVED_TOKENS,
+    CACHED_TOKENS,
     UNOBSERVED_TOKENS,
     STEERING_REQUESTS,
     STEERED_TOKENS,

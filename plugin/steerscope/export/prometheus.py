@@ -151,6 +151,7 @@ def _tokens(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
         for reason in UNOBSERVED_REASONS
     ]
     yield _counter(names.OBSERVED_TOKENS, observed)
+    yield _counter(names.CACHED_TOKENS, [(engine, t.cached) for engine, t in engines])
     yield _counter(names.UNOBSERVED_TOKENS, unobserved)
 
 

@@ -27,6 +27,7 @@ from steerscope.hub.protocol import (
     Rejected,
     control_address,
 )
+from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.totals import HubTotals, Outcome
 
 ACK_TIMEOUT_SECONDS = 2.0
@@ -51,11 +52,17 @@ class ControlPlane:
     """Owns the ROUTER socket. One per hub, on the hub's loop."""
 
     def __init__(
-        self, endpoint: str, catalog_digest: str, store: PolicyStore, totals: HubTotals
+        self,
+        endpoint: str,
+        catalog_digest: str,
+        store: PolicyStore,
+        totals: HubTotals,
+        asked: AskedLog,
     ) -> None:
         self._catalog_digest = catalog_digest
         self._store = store
         self._totals = totals
+        self._asked = asked
         self._front_ends: dict[bytes, _FrontEnd] = {}
         self._acked = asyncio.Condition()
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
@@ -109,7 +116,8 @@ class ControlPlane:
                     if (front_end := self._front_ends.get(identity)) is not None:
                         front_end.acked = max(front_end.acked, revision)
                     self._acked.notify_all()
-            case Admitted(policy=policy):
+            case Admitted(external_id, policy, digest):
+                self._asked.note(external_id, digest)
                 self._totals.outcomes[self._store.label(policy), Outcome.ADMITTED] += 1
             case Rejected(policy=policy):
                 self._totals.outcomes[self._store.label(policy), Outcome.REJECTED] += 1

@@ -19,7 +19,7 @@ _KINDS = {
     FeatureKind.DIRECTION: catalog_pb2.FEATURE_KIND_DIRECTION,
     FeatureKind.PROBE: catalog_pb2.FEATURE_KIND_PROBE,
 }
-_SITES = {Site.RESID_POST: catalog_pb2.SITE_RESID_POST}
+_SITES = {site: catalog_pb2.Site.Value(f"SITE_{site.name}") for site in Site}
 _ACTIVATIONS = {
     Activation.RELU: catalog_pb2.ACTIVATION_RELU,
     Activation.JUMPRELU: catalog_pb2.ACTIVATION_JUMPRELU,
@@ -143,44 +143,61 @@ def policy_message(stored: StoredPolicy) -> steering_pb2.Policy:
         origin=_ORIGINS[stored.origin],
         etag=stored.etag,
         revision=policy.revision,
+        max_dose=policy.max_dose,
     )
 
 
 def report_message(
-    external_id: str, tracks: Sequence[RequestTrack], catalog_digest: str, *, features: bool = True
+    external_id: str,
+    tracks: Sequence[RequestTrack],
+    catalog: Catalog,
+    asked_digest: str,
+    *,
+    features: bool = True,
 ) -> telemetry_pb2.RequestReport:
-    """What is known of one request; the activations only if asked for."""
+    """What is known of one request; the activations only if wanted.
+
+    Args:
+        external_id: the id the client knows.
+        tracks: its sequences.
+        catalog: that the hub serves.
+        asked_digest: of the steering admitted; empty for none, or if it is not known.
+        features: whether the activations go in.
+    """
     finished = all(track.finished for track in tracks)
     return telemetry_pb2.RequestReport(
         name=REQUESTS + external_id,
         state=_state(finished),
-        completions=[_completion(track, features) for track in tracks],
-        catalog_digest=catalog_digest,
+        completions=[_completion(track, asked_digest, features) for track in tracks],
+        catalog_digest=catalog.digest,
+        catalog_version=catalog.document.version,
+        asked_steering_digest=asked_digest,
         plugin_version=__version__,
     )
 
 
-def _completion(track: RequestTrack, features: bool) -> telemetry_pb2.Completion:
+def _completion(track: RequestTrack, asked_digest: str, features: bool) -> telemetry_pb2.Completion:
     message = telemetry_pb2.Completion(
         request_id=track.start.request_id,
         model_name=track.key.model_name,
         engine=track.key.engine,
         state=_state(track.finished),
-        policy=track.start.policy,
-        steering_digest=track.start.digest,
+        policy=track.policy,
+        steering_digest=track.digest,
         num_prompt_tokens=track.start.num_prompt_tokens,
         num_observed_tokens=track.num_observed,
         unobserved=[
             telemetry_pb2.UnobservedTokens(reason=_REASONS[reason], num_tokens=count)
             for reason, count in track.unobserved().items()
         ],
-        complete=track.is_complete,
+        complete=track.is_complete and track.start.digest == asked_digest,
+        num_cached_tokens=track.num_cached,
         signals=[
             telemetry_pb2.SignalScore(signal=s.signal, score=s.score, label=s.label)
             for s in track.scores
         ],
     )
-    if track.start.policy:
+    if track.start.policy or track.changed_at:
         message.steering.CopyFrom(_steering(track))
     if features:
         message.features.extend(_tracks(track))
@@ -196,6 +213,7 @@ def _steering(track: RequestTrack) -> telemetry_pb2.SteeringSummary:
         last_position=steered.last_position if any_steered else None,
         dose_mean=steered.dose_mean,
         dose_max=steered.dose_max,
+        changed_at=track.changed_at or None,
     )
 
 

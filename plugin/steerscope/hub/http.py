@@ -12,10 +12,13 @@ from starlette.routing import Route
 
 from steerscope.catalog.store import Catalog
 from steerscope.hub.conversions import report_message
+from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
 
 
-def application(catalog: Catalog, ledger: RequestLedger, registry: CollectorRegistry) -> Starlette:
+def application(
+    catalog: Catalog, ledger: RequestLedger, asked: AskedLog, registry: CollectorRegistry
+) -> Starlette:
     """The ASGI application; it runs on the hub's loop and owns nothing."""
 
     async def metrics(request: Request) -> Response:
@@ -31,7 +34,7 @@ def application(catalog: Catalog, ledger: RequestLedger, registry: CollectorRegi
         if not tracks:
             message = f"no request {external_id[:80]!r} is known"
             return JSONResponse({"error": {"code": "NOT_FOUND", "message": message}}, 404)
-        made = report_message(external_id, tracks, catalog.digest)
+        made = report_message(external_id, tracks, catalog, asked.digest(external_id))
         tree = MessageToDict(
             made, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )

@@ -110,6 +110,7 @@ def _stored(policy: Policy, origin: Origin) -> StoredPolicy:
     content = digest(
         policy.description.encode(),
         canonical_json(policy.interventions),
+        repr(policy.max_dose).encode(),
         str(policy.revision).encode(),
     )
     return StoredPolicy(policy, origin, content[:16])

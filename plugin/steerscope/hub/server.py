@@ -40,6 +40,7 @@ from steerscope.hub.policies import PolicyStore
 from steerscope.hub.services import CatalogService, SteeringService, TelemetryService
 from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
+from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.observer import Observer
 from steerscope.telemetry.requests import Limits
 from steerscope.telemetry.totals import HubTotals
@@ -73,7 +74,7 @@ class Hub:
     def __init__(self, settings: Settings, endpoint: str) -> None:
         self._settings = settings
         self._catalog = catalogs.load(Path(settings.catalog), settings.catalog_digest)
-        check_declared(self._catalog, settings.policies)
+        check_declared(self._catalog, settings.steering, settings.policies)
         self._store = PolicyStore(self._catalog, settings.policies, settings.hub.max_policies)
         totals = HubTotals()
         self._announcements = Announcements()
@@ -94,7 +95,10 @@ class Hub:
         self._registry.register(
             HubCollector(self._catalog, self._observer, totals, self._policy_labels)
         )
-        self._control = ControlPlane(endpoint, self._catalog.digest, self._store, totals)
+        self._asked = AskedLog(settings.hub.max_reports)
+        self._control = ControlPlane(
+            endpoint, self._catalog.digest, self._store, totals, self._asked
+        )
         self._fan_in = FanIn(endpoint, self._observer)
 
     @contextlib.asynccontextmanager
@@ -102,7 +106,7 @@ class Hub:
         """Serve for as long as the block lasts; raise ``HubError`` naming a port in use."""
         listener = _listen("hub.http_address", self._settings.hub.http_address)
         server, grpc_port = await self._grpc_server()
-        app = application(self._catalog, self._observer.ledger, self._registry)
+        app = application(self._catalog, self._observer.ledger, self._asked, self._registry)
         loops = (self._control.run(), self._fan_in.run(), self._fan_in.expire())
         tasks = [asyncio.create_task(loop) for loop in loops]
         tasks.append(asyncio.create_task(_serve_http(app, listener)))
@@ -132,7 +136,10 @@ class Hub:
             server,
         )
         telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(
-            TelemetryService(self._catalog, self._observer.ledger, self._announcements), server
+            TelemetryService(
+                self._catalog, self._observer.ledger, self._asked, self._announcements
+            ),
+            server,
         )
         self._health = await _health(server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -37,6 +37,7 @@ from steerscope.hub.policies import Origin, PolicyStore, StoredPolicy
 from steerscope.hub.refusals import NotFoundError, page, plain_name, refusing
 from steerscope.steering.admission import check_asked
 from steerscope.steering.interventions import POLICY_NAME_PATTERN, Policy
+from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
 
 MAX_WAIT_SECONDS = 30.0
@@ -146,6 +147,7 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         policy = Policy(
             name=request.policy_id,
             interventions=interventions(request.policy.interventions),
+            max_dose=request.policy.max_dose if request.policy.HasField("max_dose") else None,
             description=request.policy.description,
         )
         try:
@@ -159,10 +161,15 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
     """What was seen."""
 
     def __init__(
-        self, catalog: Catalog, ledger: RequestLedger, announcements: Announcements
+        self,
+        catalog: Catalog,
+        ledger: RequestLedger,
+        asked: AskedLog,
+        announcements: Announcements,
     ) -> None:
-        self._digest = catalog.digest
+        self._catalog = catalog
         self._ledger = ledger
+        self._asked = asked
         self._announcements = announcements
 
     @refusing
@@ -176,7 +183,7 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
         tracks = self._ledger.report(external_id)
         if not tracks:
             raise NotFoundError(f"no request {external_id[:80]!r} is known")
-        report = report_message(external_id, tracks, self._digest)
+        report = report_message(external_id, tracks, self._catalog, self._asked.digest(external_id))
         return telemetry_pb2.GetRequestReportResponse(report=report)
 
     async def WatchRequests(
@@ -187,7 +194,8 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
             await context.send_initial_metadata(())
             async for event in events:
                 name, track = event.track.start.external_id, event.track
-                report = report_message(name, (track,), self._digest, features=False)
+                asked = self._asked.digest(name)
+                report = report_message(name, (track,), self._catalog, asked, features=False)
                 kind = "finished" if event.finished else "started"
                 if not event.finished:  # the track may have gone on since
                     report.state = report.completions[0].state = telemetry_pb2.REQUEST_STATE_RUNNING

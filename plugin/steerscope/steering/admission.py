@@ -18,9 +18,8 @@ from steerscope.steering import segments
 from steerscope.steering.interventions import (
     Policy,
     SteeringSpec,
-    canonical_json,
-    digest,
     parse_spec,
+    steering_digest,
 )
 from steerscope.steering.stamp import Stamp
 
@@ -46,6 +45,8 @@ def check_asked(catalog: Catalog, settings: SteeringSettings, spec: SteeringSpec
     """Raise ``SpecError`` unless the catalog can do it and the operator allows as much."""
     if len(spec.interventions) > settings.max_interventions:
         raise SpecError("interventions", f"more than {settings.max_interventions} are not allowed")
+    if settings.max_dose is not None and (spec.max_dose or 0.0) > settings.max_dose:
+        raise SpecError("max_dose", f"{spec.max_dose} is over the cap of {settings.max_dose}")
     catalog.check(spec)
 
 
@@ -88,7 +89,8 @@ class Admission:
         if asked is None:
             return Stamp(external_id)
         edits = asked.spec.interventions
-        parts = segments.build(self._catalog.digest, edits, num_prompt_tokens)
+        max_dose = asked.spec.max_dose or self._settings.max_dose
+        parts = segments.build(self._catalog.digest, edits, num_prompt_tokens, max_dose)
         distinct = len({part.digest for part in parts})
         if distinct > self._settings.max_rows_per_request:
             raise SpecError(
@@ -96,11 +98,8 @@ class Admission:
                 f"phases and spans make {distinct} different combinations of edits, "
                 f"at most {self._settings.max_rows_per_request} are allowed",
             )
-        return Stamp(external_id, asked.policy, self.digest(asked.spec), edits, parts)
-
-    def digest(self, spec: SteeringSpec) -> str:
-        """Names the steering asked for, whatever the request's length."""
-        return digest(self._catalog.digest.encode(), canonical_json(spec.interventions))
+        digest = steering_digest(self._catalog.digest, edits, max_dose)
+        return Stamp(external_id, asked.policy, digest, edits, parts, max_dose)
 
     def _resolve(self, flag: object) -> Asked:
         if not isinstance(flag, str):

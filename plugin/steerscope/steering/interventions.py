@@ -99,9 +99,14 @@ class Intervention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class SteeringSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A whole request's steering: the edits apply together."""
+    """A whole request's steering: the edits apply together.
+
+    ``max_dose`` caps the dose of every token at every site: a change that is larger, relative
+    to what it is added to, is scaled down to that.
+    """
 
     interventions: tuple[Intervention, ...]
+    max_dose: float | None = None
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -109,13 +114,14 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     name: PolicyName
     interventions: tuple[Intervention, ...]
+    max_dose: float | None = None
     description: str = ""
     revision: int = 0
 
     @property
     def spec(self) -> SteeringSpec:
         """What the policy asks."""
-        return SteeringSpec(interventions=self.interventions)
+        return SteeringSpec(interventions=self.interventions, max_dose=self.max_dose)
 
 
 def parse_spec(text: str) -> SteeringSpec:
@@ -143,6 +149,10 @@ def check_spec(spec: SteeringSpec) -> None:
             intervention.check()
         except SpecError as error:
             raise error.under(f"interventions[{i}]") from None
+    if spec.max_dose is not None:
+        _check_finite("max_dose", spec.max_dose)
+        if spec.max_dose <= 0.0:
+            raise SpecError("max_dose", f"must be above zero, got {spec.max_dose}")
     _check_overlaps(spec.interventions)
 
 
@@ -158,6 +168,13 @@ def digest(*parts: bytes) -> str:
         h.update(len(part).to_bytes(8, "little"))
         h.update(part)
     return h.hexdigest()
+
+
+def steering_digest(
+    catalog_digest: str, interventions: tuple[Intervention, ...], max_dose: float | None
+) -> str:
+    """Names what steering does, whatever the request: equal digests, equal effect."""
+    return digest(catalog_digest.encode(), canonical_json(interventions), repr(max_dose).encode())
 
 
 def _check_finite(field: str, value: float) -> None:

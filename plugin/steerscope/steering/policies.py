@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections import Counter
 
 from steerscope.catalog.store import Catalog
+from steerscope.config import SteeringSettings
 from steerscope.errors import ConfigError, SpecError
-from steerscope.steering.admission import RESERVED_NAMES
+from steerscope.steering.admission import RESERVED_NAMES, check_asked
 from steerscope.steering.interventions import Policy
 
 
-def check_declared(catalog: Catalog, declared: tuple[Policy, ...]) -> None:
-    """Raise ``ConfigError`` naming the first policy that is malformed or declared twice."""
+def check_declared(
+    catalog: Catalog, settings: SteeringSettings, declared: tuple[Policy, ...]
+) -> None:
+    """Raise ``ConfigError`` naming the first policy that no request could ask for.
+
+    Those the catalog ships are held to the operator's limits when they are asked for.
+    """
     names = [policy.name for policy in (*catalog.policies, *declared)]
     for name, count in Counter(names).items():
         if count > 1:
@@ -20,6 +26,6 @@ def check_declared(catalog: Catalog, declared: tuple[Policy, ...]) -> None:
             raise ConfigError(f"policy {name!r}: the name is reserved")
     for policy in declared:
         try:
-            catalog.check(policy.spec)
+            check_asked(catalog, settings, policy.spec)
         except SpecError as error:
             raise ConfigError(f"policy {policy.name!r}: {error}") from None

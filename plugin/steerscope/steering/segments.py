@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from steerscope.steering.interventions import Intervention, Phase, canonical_json, digest
+from steerscope.steering.interventions import Intervention, Phase, digest, steering_digest
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
@@ -23,10 +23,14 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     digest: str
     active: tuple[int, ...]
     """Indices into the request's interventions."""
+    max_dose: float | None = None
 
 
 def build(
-    catalog_digest: str, interventions: tuple[Intervention, ...], num_prompt_tokens: int
+    catalog_digest: str,
+    interventions: tuple[Intervention, ...],
+    num_prompt_tokens: int,
+    max_dose: float | None = None,
 ) -> tuple[Segment, ...]:
     """Split a request into segments, in order, leaving out the unsteered ones."""
     cuts = sorted(
@@ -37,10 +41,34 @@ def build(
         (start, end, _active(interventions, start, num_prompt_tokens)) for start, end in ranges
     ]
     return tuple(
-        Segment(start, end, _digest(catalog_digest, interventions, active), active)
+        Segment(
+            start, end, _digest(catalog_digest, interventions, active, max_dose), active, max_dose
+        )
         for start, end, active in _merge(pieces)
         if active
     )
+
+
+def changed_from(
+    before: tuple[Segment, ...], after: tuple[Segment, ...], position: int, offset: int
+) -> tuple[Segment, ...]:
+    """``before`` up to ``position``, ``after`` from there on: steering changed in flight.
+
+    ``offset`` is added to the indices of ``after``, whose interventions follow the others.
+    """
+    kept = [
+        msgspec.structs.replace(s, end=position if s.end is None else min(s.end, position))
+        for s in before
+        if s.start < position
+    ]
+    taken = [
+        msgspec.structs.replace(
+            s, start=max(s.start, position), active=tuple(i + offset for i in s.active)
+        )
+        for s in after
+        if s.end is None or s.end > position
+    ]
+    return (*kept, *taken)
 
 
 def salt(segments: Iterable[Segment], start: int, end: int) -> str | None:
@@ -83,9 +111,12 @@ def _merge(pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _digest(
-    catalog_digest: str, interventions: tuple[Intervention, ...], active: tuple[int, ...]
+    catalog_digest: str,
+    interventions: tuple[Intervention, ...],
+    active: tuple[int, ...],
+    max_dose: float | None,
 ) -> str:
     """Phase and span say where, not what: they are left out of the identity."""
     edits = [msgspec.structs.replace(interventions[i], phase=Phase.ALL, span=None) for i in active]
     edits.sort(key=lambda edit: edit.feature)
-    return digest(catalog_digest.encode(), canonical_json(tuple(edits)))
+    return steering_digest(catalog_digest, tuple(edits), max_dose)

@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import msgspec
 
-from steerscope.steering.interventions import Intervention
+from steerscope.steering import segments
+from steerscope.steering.interventions import Intervention, SteeringSpec, steering_digest
 from steerscope.steering.segments import Segment
 
 STAMP_KEY = "steerscope"
@@ -25,6 +26,38 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
     """Digest of the effective steering as asked; empty when unsteered."""
     interventions: tuple[Intervention, ...] = ()
     segments: tuple[Segment, ...] = ()
+    max_dose: float | None = None
+    changed_at: int = 0
+    """The position from which the current steering holds; above 0 it was changed in flight."""
+    num_past: int = 0
+    """How many of ``interventions`` are past steering, which only earlier segments use."""
+
+    @property
+    def current(self) -> tuple[Intervention, ...]:
+        """The interventions in force, past steering left out."""
+        return self.interventions[self.num_past :]
+
+    def changed(
+        self,
+        position: int,
+        policy: str,
+        spec: SteeringSpec,
+        catalog_digest: str,
+        num_prompt_tokens: int,
+    ) -> Stamp:
+        """The stamp once ``spec`` holds from ``position`` on; no edits release the request."""
+        edits, max_dose = spec.interventions, spec.max_dose
+        after = segments.build(catalog_digest, edits, num_prompt_tokens, max_dose)
+        return Stamp(
+            self.external_id,
+            policy,
+            steering_digest(catalog_digest, edits, max_dose) if edits else "",
+            (*self.interventions, *edits),
+            segments.changed_from(self.segments, after, position, len(self.interventions)),
+            max_dose,
+            position,
+            len(self.interventions),
+        )
 
 
 def encode(stamp: Stamp) -> bytes:

@@ -6,7 +6,7 @@ columns), S sites; a block holds adjacent sites, so its columns are adjacent too
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steerscope.catalog.store import Catalog
-from steerscope.telemetry.frames import Frame, SiteActivations, acts_TF, edits
+from steerscope.telemetry.frames import SiteActivations, acts_TF, edits
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -54,11 +54,11 @@ class Columns:
         self._site_index = {name: i for i, name in enumerate(self.site_names)}
         self.site_of = tuple(s for s, width in enumerate(self._widths) for _ in range(width))
 
-    def blocks(self, frame: Frame) -> Iterator[Block]:
-        """The frame's sites; raise ``ValueError`` on one that the catalog does not have."""
+    def blocks(self, sites: Iterable[SiteActivations]) -> Iterator[Block]:
+        """The sites as blocks; raise ``ValueError`` on one that the catalog does not have."""
         run: list[SiteActivations] = []
         start = 0
-        for index, site in sorted((self._index(site), site) for site in frame.sites):
+        for index, site in sorted(((self._index(s), s) for s in sites), key=lambda pair: pair[0]):
             if run and index != start + len(run):
                 yield self._block(start, run)
                 run = []

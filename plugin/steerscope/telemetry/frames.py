@@ -14,9 +14,33 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-FRAME_VERSION = 1
+FRAME_VERSION = 2
 MAX_POSITION = 1 << 24
 """Positions from here on are taken for damage; no served context is that long."""
+
+
+class SiteActivations(msgspec.Struct, frozen=True, array_like=True):
+    """What one site saw: the features as they were before any edit.
+
+    ``acts`` is float32 [T, F]; the edits are listed sparsely: ``edit_tokens`` int32 [E]
+    rows of this frame, ``edit_deltas`` float32 [E, F] the change f' - f after gating,
+    ``edit_doses`` float32 [E] the norm of the change over the norm of what it changed.
+    """
+
+    site: str
+    num_features: int
+    acts: bytes
+    edit_tokens: bytes = b""
+    edit_deltas: bytes = b""
+    edit_doses: bytes = b""
+
+
+class CachedActivations(msgspec.Struct, frozen=True, array_like=True):
+    """What was kept of P tokens whose KV came from the prefix cache, positions 0 to P."""
+
+    known: bytes
+    """Bool [P]; the values of the others mean nothing."""
+    sites: tuple[SiteActivations, ...]
 
 
 class RequestStart(msgspec.Struct, frozen=True, array_like=True):
@@ -34,25 +58,27 @@ class RequestStart(msgspec.Struct, frozen=True, array_like=True):
     policy: str
     """Policy name, ``inline``, or empty for an unsteered request."""
     digest: str
-    """Digest of the effective steering, or empty."""
+    """Digest of the steering that the worker applies, or empty."""
     interventions: bytes
     """Canonical JSON of the interventions, or empty."""
+    cached: CachedActivations | None = None
 
 
-class SiteActivations(msgspec.Struct, frozen=True, array_like=True):
-    """What one site saw: the features as they were before any edit.
+class RequestEnd(msgspec.Struct, frozen=True, array_like=True):
+    """A request ended. ``end``: every position below it was computed; 0 where not known."""
 
-    ``acts`` is float32 [T, F]; the edits are listed sparsely: ``edit_tokens`` int32 [E]
-    rows of this frame, ``edit_deltas`` float32 [E, F] the change f' - f after gating,
-    ``edit_doses`` float32 [E] the norm of the change over the norm of the residual.
-    """
+    request_id: str
+    end: int
 
-    site: str
-    num_features: int
-    acts: bytes
-    edit_tokens: bytes = b""
-    edit_deltas: bytes = b""
-    edit_doses: bytes = b""
+
+class SteeringChange(msgspec.Struct, frozen=True, array_like=True):
+    """A request's steering changed in flight; from ``position`` on this holds."""
+
+    request_id: str
+    position: int
+    policy: str
+    digest: str
+    interventions: bytes
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -73,8 +99,9 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     dropped_tokens: int
     """Tokens in those frames."""
     started: tuple[RequestStart, ...]
-    finished: tuple[str, ...]
-    """Internal ids of requests that ended since the last frame."""
+    finished: tuple[RequestEnd, ...]
+    """Requests that ended since the last frame."""
+    changed: tuple[SteeringChange, ...]
     request_ids: tuple[str, ...]
     query_start_loc: tuple[int, ...]
     positions: tuple[int, ...]
@@ -100,25 +127,40 @@ def decode(payload: bytes) -> Frame:
         raise msgspec.ValidationError("query_start_loc does not ascend from 0")
     if any(not 0 <= position < MAX_POSITION for position in frame.positions):
         raise msgspec.ValidationError("positions are out of range")
-    if any(not 0 <= start.first_position < MAX_POSITION for start in frame.started):
-        raise msgspec.ValidationError("started: first_position is out of range")
-    num_tokens = frame.query_start_loc[-1]
+    for start in frame.started:
+        _check_start(start)
+    if any(not 0 <= end.end < MAX_POSITION for end in frame.finished):
+        raise msgspec.ValidationError("finished: end is out of range")
     for site in frame.sites:
-        if site.num_features < 1:
-            raise msgspec.ValidationError(f"{site.site}: num_features is not positive")
-        if len(site.acts) != 4 * num_tokens * site.num_features:
-            raise msgspec.ValidationError(f"{site.site}: acts is not [T, F]")
-        num_edits, rest = divmod(len(site.edit_tokens), 4)
-        if (
-            rest
-            or len(site.edit_deltas) != 4 * num_edits * site.num_features
-            or len(site.edit_doses) != 4 * num_edits
-        ):
-            raise msgspec.ValidationError(f"{site.site}: edits are not [E, F]")
-        rows = np.frombuffer(site.edit_tokens, np.int32)
-        if num_edits and not 0 <= rows.min() <= rows.max() < num_tokens:
-            raise msgspec.ValidationError(f"{site.site}: edit_tokens are not rows of the frame")
+        _check_site(site, frame.query_start_loc[-1])
     return frame
+
+
+def _check_start(start: RequestStart) -> None:
+    if not 0 <= start.first_position < MAX_POSITION:
+        raise msgspec.ValidationError("started: first_position is out of range")
+    if start.cached is not None:
+        if len(start.cached.known) != start.first_position:
+            raise msgspec.ValidationError("started: cached is not [P]")
+        for site in start.cached.sites:
+            _check_site(site, start.first_position)
+
+
+def _check_site(site: SiteActivations, num_tokens: int) -> None:
+    if site.num_features < 1:
+        raise msgspec.ValidationError(f"{site.site}: num_features is not positive")
+    if len(site.acts) != 4 * num_tokens * site.num_features:
+        raise msgspec.ValidationError(f"{site.site}: acts is not [T, F]")
+    num_edits, rest = divmod(len(site.edit_tokens), 4)
+    if (
+        rest
+        or len(site.edit_deltas) != 4 * num_edits * site.num_features
+        or len(site.edit_doses) != 4 * num_edits
+    ):
+        raise msgspec.ValidationError(f"{site.site}: edits are not [E, F]")
+    rows = np.frombuffer(site.edit_tokens, np.int32)
+    if num_edits and not 0 <= rows.min() <= rows.max() < num_tokens:
+        raise msgspec.ValidationError(f"{site.site}: edit_tokens are not rows of the frame")
 
 
 def acts_TF(site: SiteActivations) -> npt.NDArray[np.float32]:

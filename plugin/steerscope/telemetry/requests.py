@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from steerscope.telemetry.columns import Block, BoolArray, Columns
-from steerscope.telemetry.frames import Frame, RequestStart
+from steerscope.telemetry.frames import Frame, RequestEnd, RequestStart
 from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score, Unobserved
 
 TrackKey = tuple[EngineKey, str]
@@ -40,11 +40,15 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class BlockNews:
-    """A block and which of its tokens are news (bool [T])."""
+    """A block, whose its tokens are, and which of them are generated and news (bool [T])."""
 
     block: Block
+    shares: list[Share]
+    generated_T: BoolArray
     fresh_T: BoolArray
     completed_T: BoolArray
+    cached: bool
+    """Whether it was kept from an earlier request, whose KV this one reused."""
 
 
 @dataclass(slots=True)
@@ -52,8 +56,6 @@ class Step:
     """All that one frame brought."""
 
     key: EngineKey
-    shares: list[Share]
-    generated_T: BoolArray
     blocks: list[BlockNews] = field(default_factory=list)
     started: list[RequestTrack] = field(default_factory=list)
     finished: list[RequestTrack] = field(default_factory=list)
@@ -85,18 +87,26 @@ class RequestLedger:
 
     def feed(self, frame: Frame, now: float) -> Step:
         """Take one frame; raise ``ValueError``, changing nothing, if its sites are unknown."""
-        blocks = list(self._columns.blocks(frame))
+        blocks = list(self._columns.blocks(frame.sites))
+        cached = {
+            start.request_id: list(self._columns.blocks(start.cached.sites))
+            for start in frame.started
+            if start.cached is not None
+        }
         key = EngineKey(frame.model_name, frame.engine)
         self._ranks.setdefault(key, set()).add(frame.rank)
-        step = Step(key, [], np.zeros(0, np.bool_))
+        step = Step(key)
         present = set(frame.request_ids)
-        self._finish(step, frame, (r for r in frame.finished if r not in present), now)
+        self._finish(step, frame, (e for e in frame.finished if e.request_id not in present), now)
         for start in frame.started:
             self._start(step, start, now)
-        step.shares = list(self._shares(step, frame, now))
-        step.generated_T = _generated(step.shares, frame.query_start_loc[-1])
-        step.blocks = [_add(block, step) for block in blocks]
-        self._finish(step, frame, (r for r in frame.finished if r in present), now)
+            self._take_cached(step, start, cached.get(start.request_id, ()))
+        for change in frame.changed:
+            if (track := self._running.get((key, change.request_id))) is not None:
+                track.change(change)
+        shares = list(self._shares(step, frame, now))
+        step.blocks += [_add(block, shares, step) for block in blocks]
+        self._finish(step, frame, (e for e in frame.finished if e.request_id in present), now)
         return step
 
     def expire(self, now: float) -> list[RequestTrack]:
@@ -122,7 +132,19 @@ class RequestLedger:
         self._running[key] = track
         self._by_external_id.setdefault(start.external_id, []).append(track)
         step.started.append(track)
-        step.unobserved[Unobserved.PREFIX_CACHE] += start.first_position
+        num_known = sum(start.cached.known) if start.cached else 0
+        step.unobserved[Unobserved.PREFIX_CACHE] += start.first_position - num_known
+
+    def _take_cached(self, step: Step, start: RequestStart, blocks: Iterable[Block]) -> None:
+        """Tokens whose KV was reused: seen when an earlier request computed them."""
+        track = self._running.get((step.key, start.request_id))
+        if track is None or start.cached is None:
+            return
+        known = np.frombuffer(start.cached.known, np.int8)
+        edges = np.flatnonzero(np.diff(known, prepend=0, append=0)).tolist()
+        runs = zip(edges[::2], edges[1::2], strict=True)
+        shares = [Share(track, first, last, first) for first, last in runs]
+        step.blocks += [_add(block, shares, step, cached=True) for block in blocks]
 
     def _shares(self, step: Step, frame: Frame, now: float) -> Iterator[Share]:
         bounds = pairwise(frame.query_start_loc)
@@ -138,14 +160,15 @@ class RequestLedger:
             self._dropped_at[key, frame.rank] = frame.dropped
             yield Share(track, first, last, position)
 
-    def _finish(self, step: Step, frame: Frame, request_ids: Iterable[str], now: float) -> None:
-        for request_id in request_ids:
-            key = (step.key, request_id)
+    def _finish(self, step: Step, frame: Frame, ends: Iterable[RequestEnd], now: float) -> None:
+        for end in ends:
+            key = (step.key, end.request_id)
             track = self._running.get(key)
             if track is None:
                 continue
             dropped = self._dropped_at.pop((key, frame.rank), frame.dropped)
-            track.tail_lost |= frame.dropped > dropped
+            track.end = max(track.end, end.end)
+            track.tail_lost |= not end.end and frame.dropped > dropped
             ended = self._ended_at.setdefault(key, set())
             ended.add(frame.rank)
             if ended >= self._ranks[step.key]:
@@ -179,14 +202,15 @@ def _generated(shares: list[Share], num_tokens: int) -> BoolArray:
     return generated_T
 
 
-def _add(block: Block, step: Step) -> BlockNews:
+def _add(block: Block, shares: list[Share], step: Step, cached: bool = False) -> BlockNews:
     fresh_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
     completed_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
-    for share in step.shares:
+    for share in shares:
         added = share.track.add(block, share.first, share.last, share.position)
         fresh_T[share.first : share.last] = added.fresh
         completed_T[share.first : share.last] = added.completed
         if block.finite_T is not None:
             num_bad = int((~block.finite_T[share.first : share.last]).sum())
             step.unobserved[Unobserved.NOT_FINITE] += num_bad
-    return BlockNews(block, fresh_T, completed_T)
+    generated_T = _generated(shares, len(block.acts_TF))
+    return BlockNews(block, shares, generated_T, fresh_T, completed_T, cached)

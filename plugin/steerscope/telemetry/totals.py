@@ -81,6 +81,8 @@ class EngineTotals:
         self.active = np.zeros((num_features, 2), np.int64)
         self.steered = np.zeros((num_features, len(OPS)), np.int64)
         self.observed = np.zeros(2, np.int64)
+        self.cached = 0
+        """Of ``observed``, how many were kept from an earlier request, whose KV was reused."""
         self.unobserved: Counter[Unobserved] = Counter()
         self.score = HistogramArray(bounds.score, len(signals))
         self.labels: Counter[tuple[str, str]] = Counter()
@@ -121,9 +123,9 @@ class EngineTotals:
                 self.unobserved[reason] += count
         self._settle_lost_tokens()
         for news in step.blocks:
-            self._add_acts(news, step.generated_T)
+            self._add_acts(news)
             if news.block.edits is not None:
-                self._add_edits(news, news.block.edits, step)
+                self._add_edits(news, news.block.edits)
         for track in step.finished:
             self.add_scores(track)
 
@@ -139,8 +141,10 @@ class EngineTotals:
         lost = max(self._missed_tokens, self._reported_lost_tokens)
         self.unobserved[Unobserved.DROPPED_FRAME] = lost
 
-    def _add_acts(self, news: BlockNews, generated_T: BoolArray) -> None:
+    def _add_acts(self, news: BlockNews) -> None:
+        generated_T = news.generated_T
         self.observed += np.bincount(generated_T[news.completed_T], minlength=2)
+        self.cached += int(news.completed_T.sum()) * news.cached
         acts_nF = news.block.acts_TF[news.fresh_T]
         if not len(acts_nF):
             return
@@ -152,14 +156,14 @@ class EngineTotals:
         for phase in (0, 1):
             self.active[first:stop, phase] += active_nF[phase_n == phase].sum(axis=0)
 
-    def _add_edits(self, news: BlockNews, edits: Edits, step: Step) -> None:
+    def _add_edits(self, news: BlockNews, edits: Edits) -> None:
         changed_TF = (edits.deltas_TF != 0.0) & news.fresh_T[:, None]
         if not changed_TF.any():
             return
         doses = edits.doses_TS[news.fresh_T]
         doses = doses[doses > 0.0]
         self.dose.observe(np.zeros(len(doses), np.intp), doses)
-        for share in step.shares:
+        for share in news.shares:
             self._add_share(news.block.columns, changed_TF[share.first : share.last], share)
 
     def _add_share(self, columns: slice, changed_nF: BoolArray, share: Share) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from steerscope.catalog.model import Reduction
 from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
-from steerscope.telemetry.frames import RequestStart
+from steerscope.telemetry.frames import RequestStart, SteeringChange
 from steerscope.telemetry.reductions import (
     FOLDS,
     ON_GENERATION,
@@ -83,6 +83,7 @@ class RequestTrack:
         self.finished = False
         self.tail_lost = False
         self.scores: tuple[Score, ...] = ()
+        self.policy, self.digest, self.changed_at = start.policy, start.digest, 0
         self.steered = SteeredTokens(len(columns.features), limit)
         self.interventions = _interventions(start.interventions)
         self._limit = limit
@@ -140,6 +141,16 @@ class RequestTrack:
             Unobserved.NOT_FINITE: len(self._not_finite),
         }
         return {reason: count for reason, count in counts.items() if count}
+
+    def change(self, change: SteeringChange) -> None:
+        """Steering changed in flight; the receipt keeps what held before, too."""
+        self.policy, self.digest, self.changed_at = change.policy, change.digest, change.position
+        self.interventions = (*self.interventions, *_interventions(change.interventions))
+
+    @property
+    def num_cached(self) -> int:
+        """Positions seen at every site that this sequence did not compute itself."""
+        return int(self._seen_everywhere()[: self.start.first_position].sum())
 
     @property
     def num_observed(self) -> int:

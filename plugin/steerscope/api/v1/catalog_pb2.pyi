@@ -58,6 +58,16 @@ class _SiteEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeW
     SITE_UNSPECIFIED: _Site.ValueType  # 0
     SITE_RESID_POST: _Site.ValueType  # 1
     """The residual stream after the layer."""
+    SITE_RESID_PRE: _Site.ValueType  # 2
+    """The residual stream before the layer."""
+    SITE_RESID_MID: _Site.ValueType  # 3
+    """The residual stream between attention and the MLP."""
+    SITE_ATTN_OUT: _Site.ValueType  # 4
+    """What attention adds to the stream."""
+    SITE_MLP_IN: _Site.ValueType  # 5
+    """What the MLP reads, after its norm."""
+    SITE_MLP_OUT: _Site.ValueType  # 6
+    """What the MLP adds to the stream."""
 
 class Site(_Site, metaclass=_SiteEnumTypeWrapper):
     """Site is a place in a decoder layer, by its TransformerLens name."""
@@ -65,6 +75,16 @@ class Site(_Site, metaclass=_SiteEnumTypeWrapper):
 SITE_UNSPECIFIED: Site.ValueType  # 0
 SITE_RESID_POST: Site.ValueType  # 1
 """The residual stream after the layer."""
+SITE_RESID_PRE: Site.ValueType  # 2
+"""The residual stream before the layer."""
+SITE_RESID_MID: Site.ValueType  # 3
+"""The residual stream between attention and the MLP."""
+SITE_ATTN_OUT: Site.ValueType  # 4
+"""What attention adds to the stream."""
+SITE_MLP_IN: Site.ValueType  # 5
+"""What the MLP reads, after its norm."""
+SITE_MLP_OUT: Site.ValueType  # 6
+"""What the MLP adds to the stream."""
 global___Site = Site
 
 class _Activation:

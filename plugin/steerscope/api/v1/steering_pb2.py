@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteerscope/v1/steering.proto\x12\rsteerscope.v1\"S\n\x04When\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x12\n\x05\x61\x62ove\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65low\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_aboveB\x08\n\x06_below\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"\x92\x02\n\x0cIntervention\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0f\n\x05\x63lamp\x18\x02 \x01(\x01H\x00\x12\x10\n\x06\x61\x62late\x18\x03 \x01(\x08H\x00\x12\x12\n\x08\x61t_least\x18\x04 \x01(\x01H\x00\x12\x11\n\x07\x61t_most\x18\x05 \x01(\x01H\x00\x12\x0f\n\x05scale\x18\x06 \x01(\x01H\x00\x12\r\n\x03\x61\x64\x64\x18\x07 \x01(\x01H\x00\x12#\n\x05phase\x18\x08 \x01(\x0e\x32\x14.steerscope.v1.Phase\x12\x16\n\x0eonly_if_active\x18\t \x01(\x08\x12!\n\x04when\x18\n \x01(\x0b\x32\x13.steerscope.v1.When\x12!\n\x04span\x18\x0b \x01(\x0b\x32\x13.steerscope.v1.SpanB\x04\n\x02op\"\xac\x01\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.steerscope.v1.Intervention\x12+\n\x06origin\x18\x04 \x01(\x0e\x32\x1b.steerscope.v1.PolicyOrigin\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\x03\"f\n\x13\x43reatePolicyRequest\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"=\n\x14\x43reatePolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11GetPolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListPoliciesResponse\x12\'\n\x08policies\x18\x01 \x03(\x0b\x32\x15.steerscope.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x16\n\x14\x44\x65letePolicyResponse*U\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_PROMPT\x10\x01\x12\x14\n\x10PHASE_GENERATION\x10\x02\x12\r\n\tPHASE_ALL\x10\x03*}\n\x0cPolicyOrigin\x12\x1d\n\x19POLICY_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15POLICY_ORIGIN_CATALOG\x10\x01\x12\x18\n\x14POLICY_ORIGIN_CONFIG\x10\x02\x12\x19\n\x15POLICY_ORIGIN_CREATED\x10\x03\x32\xec\x02\n\x0fSteeringService\x12W\n\x0c\x43reatePolicy\x12\".steerscope.v1.CreatePolicyRequest\x1a#.steerscope.v1.CreatePolicyResponse\x12N\n\tGetPolicy\x12\x1f.steerscope.v1.GetPolicyRequest\x1a .steerscope.v1.GetPolicyResponse\x12W\n\x0cListPolicies\x12\".steerscope.v1.ListPoliciesRequest\x1a#.steerscope.v1.ListPoliciesResponse\x12W\n\x0c\x44\x65letePolicy\x12\".steerscope.v1.DeletePolicyRequest\x1a#.steerscope.v1.DeletePolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteerscope/v1/steering.proto\x12\rsteerscope.v1\"S\n\x04When\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x12\n\x05\x61\x62ove\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65low\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_aboveB\x08\n\x06_below\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"\x92\x02\n\x0cIntervention\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0f\n\x05\x63lamp\x18\x02 \x01(\x01H\x00\x12\x10\n\x06\x61\x62late\x18\x03 \x01(\x08H\x00\x12\x12\n\x08\x61t_least\x18\x04 \x01(\x01H\x00\x12\x11\n\x07\x61t_most\x18\x05 \x01(\x01H\x00\x12\x0f\n\x05scale\x18\x06 \x01(\x01H\x00\x12\r\n\x03\x61\x64\x64\x18\x07 \x01(\x01H\x00\x12#\n\x05phase\x18\x08 \x01(\x0e\x32\x14.steerscope.v1.Phase\x12\x16\n\x0eonly_if_active\x18\t \x01(\x08\x12!\n\x04when\x18\n \x01(\x0b\x32\x13.steerscope.v1.When\x12!\n\x04span\x18\x0b \x01(\x0b\x32\x13.steerscope.v1.SpanB\x04\n\x02op\"\xd0\x01\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.steerscope.v1.Intervention\x12+\n\x06origin\x18\x04 \x01(\x0e\x32\x1b.steerscope.v1.PolicyOrigin\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x15\n\x08max_dose\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_max_dose\"f\n\x13\x43reatePolicyRequest\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"=\n\x14\x43reatePolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11GetPolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListPoliciesResponse\x12\'\n\x08policies\x18\x01 \x03(\x0b\x32\x15.steerscope.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x16\n\x14\x44\x65letePolicyResponse*U\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_PROMPT\x10\x01\x12\x14\n\x10PHASE_GENERATION\x10\x02\x12\r\n\tPHASE_ALL\x10\x03*}\n\x0cPolicyOrigin\x12\x1d\n\x19POLICY_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15POLICY_ORIGIN_CATALOG\x10\x01\x12\x18\n\x14POLICY_ORIGIN_CONFIG\x10\x02\x12\x19\n\x15POLICY_ORIGIN_CREATED\x10\x03\x32\xec\x02\n\x0fSteeringService\x12W\n\x0c\x43reatePolicy\x12\".steerscope.v1.CreatePolicyRequest\x1a#.steerscope.v1.CreatePolicyResponse\x12N\n\tGetPolicy\x12\x1f.steerscope.v1.GetPolicyRequest\x1a .steerscope.v1.GetPolicyResponse\x12W\n\x0cListPolicies\x12\".steerscope.v1.ListPoliciesRequest\x1a#.steerscope.v1.ListPoliciesResponse\x12W\n\x0c\x44\x65letePolicy\x12\".steerscope.v1.DeletePolicyRequest\x1a#.steerscope.v1.DeletePolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steerscope.api.v1.steering_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=1108
-  _globals['_PHASE']._serialized_end=1193
-  _globals['_POLICYORIGIN']._serialized_start=1195
-  _globals['_POLICYORIGIN']._serialized_end=1320
+  _globals['_PHASE']._serialized_start=1144
+  _globals['_PHASE']._serialized_end=1229
+  _globals['_POLICYORIGIN']._serialized_start=1231
+  _globals['_POLICYORIGIN']._serialized_end=1356
   _globals['_WHEN']._serialized_start=47
   _globals['_WHEN']._serialized_end=130
   _globals['_SPAN']._serialized_start=132
@@ -42,23 +42,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTERVENTION']._serialized_start=169
   _globals['_INTERVENTION']._serialized_end=443
   _globals['_POLICY']._serialized_start=446
-  _globals['_POLICY']._serialized_end=618
-  _globals['_CREATEPOLICYREQUEST']._serialized_start=620
-  _globals['_CREATEPOLICYREQUEST']._serialized_end=722
-  _globals['_CREATEPOLICYRESPONSE']._serialized_start=724
-  _globals['_CREATEPOLICYRESPONSE']._serialized_end=785
-  _globals['_GETPOLICYREQUEST']._serialized_start=787
-  _globals['_GETPOLICYREQUEST']._serialized_end=819
-  _globals['_GETPOLICYRESPONSE']._serialized_start=821
-  _globals['_GETPOLICYRESPONSE']._serialized_end=879
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=881
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=941
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=943
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1031
-  _globals['_DELETEPOLICYREQUEST']._serialized_start=1033
-  _globals['_DELETEPOLICYREQUEST']._serialized_end=1082
-  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1084
-  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1106
-  _globals['_STEERINGSERVICE']._serialized_start=1323
-  _globals['_STEERINGSERVICE']._serialized_end=1687
+  _globals['_POLICY']._serialized_end=654
+  _globals['_CREATEPOLICYREQUEST']._serialized_start=656
+  _globals['_CREATEPOLICYREQUEST']._serialized_end=758
+  _globals['_CREATEPOLICYRESPONSE']._serialized_start=760
+  _globals['_CREATEPOLICYRESPONSE']._serialized_end=821
+  _globals['_GETPOLICYREQUEST']._serialized_start=823
+  _globals['_GETPOLICYREQUEST']._serialized_end=855
+  _globals['_GETPOLICYRESPONSE']._serialized_start=857
+  _globals['_GETPOLICYRESPONSE']._serialized_end=915
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=917
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=977
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=979
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1067
+  _globals['_DELETEPOLICYREQUEST']._serialized_start=1069
+  _globals['_DELETEPOLICYREQUEST']._serialized_end=1118
+  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1120
+  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1142
+  _globals['_STEERINGSERVICE']._serialized_start=1359
+  _globals['_STEERINGSERVICE']._serialized_end=1723
 # @@protoc_insertion_point(module_scope)

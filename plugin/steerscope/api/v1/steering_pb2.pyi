@@ -206,6 +206,7 @@ class Policy(google.protobuf.message.Message):
     ORIGIN_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    MAX_DOSE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the resource name, e.g. `policies/force-known`. Output only; when
     given in CreatePolicy it must agree with policy_id.
@@ -220,6 +221,11 @@ class Policy(google.protobuf.message.Message):
     """revision is that of the whole store when the policy was stored; 0 for a
     read-only policy. Output only.
     """
+    max_dose: builtins.float
+    """max_dose caps the dose of every token at every site: a change that is larger,
+    relative to what it is added to, is scaled down to that. Must be above zero;
+    absent means the operator's cap, or none.
+    """
     @property
     def interventions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Intervention]:
         """interventions are the edits; at least one."""
@@ -233,8 +239,11 @@ class Policy(google.protobuf.message.Message):
         origin: global___PolicyOrigin.ValueType = ...,
         etag: builtins.str = ...,
         revision: builtins.int = ...,
+        max_dose: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["description", b"description", "etag", b"etag", "interventions", b"interventions", "name", b"name", "origin", b"origin", "revision", b"revision"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "max_dose", b"max_dose"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "description", b"description", "etag", b"etag", "interventions", b"interventions", "max_dose", b"max_dose", "name", b"name", "origin", b"origin", "revision", b"revision"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_dose", b"_max_dose"]) -> typing.Literal["max_dose"] | None: ...
 
 global___Policy = Policy
 

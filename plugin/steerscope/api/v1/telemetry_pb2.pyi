@@ -50,7 +50,9 @@ class _UnobservedReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrappe
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     UNOBSERVED_REASON_UNSPECIFIED: _UnobservedReason.ValueType  # 0
     UNOBSERVED_REASON_PREFIX_CACHE: _UnobservedReason.ValueType  # 1
-    """The token was not computed: its KV cache blocks were reused."""
+    """The token was not computed, its KV cache blocks were reused, and nothing is kept of it:
+    it lies beyond what telemetry.max_cache_bytes covers.
+    """
     UNOBSERVED_REASON_DROPPED_FRAME: _UnobservedReason.ValueType  # 2
     """The worker could not send the frame that held the token."""
     UNOBSERVED_REASON_OVER_LIMIT: _UnobservedReason.ValueType  # 3
@@ -65,7 +67,9 @@ class UnobservedReason(_UnobservedReason, metaclass=_UnobservedReasonEnumTypeWra
 
 UNOBSERVED_REASON_UNSPECIFIED: UnobservedReason.ValueType  # 0
 UNOBSERVED_REASON_PREFIX_CACHE: UnobservedReason.ValueType  # 1
-"""The token was not computed: its KV cache blocks were reused."""
+"""The token was not computed, its KV cache blocks were reused, and nothing is kept of it:
+it lies beyond what telemetry.max_cache_bytes covers.
+"""
 UNOBSERVED_REASON_DROPPED_FRAME: UnobservedReason.ValueType  # 2
 """The worker could not send the frame that held the token."""
 UNOBSERVED_REASON_OVER_LIMIT: UnobservedReason.ValueType  # 3
@@ -109,6 +113,7 @@ class SteeringSummary(google.protobuf.message.Message):
     LAST_POSITION_FIELD_NUMBER: builtins.int
     DOSE_MEAN_FIELD_NUMBER: builtins.int
     DOSE_MAX_FIELD_NUMBER: builtins.int
+    CHANGED_AT_FIELD_NUMBER: builtins.int
     num_tokens: builtins.int
     """num_tokens is how many tokens had at least one feature changed."""
     first_position: builtins.int
@@ -121,6 +126,10 @@ class SteeringSummary(google.protobuf.message.Message):
     """
     dose_max: builtins.float
     """dose_max is the largest of them. 0 when none was changed."""
+    changed_at: builtins.int
+    """changed_at is the position from which the steering holds, where it was changed
+    while the completion ran. Absent when it was not.
+    """
     def __init__(
         self,
         *,
@@ -129,9 +138,12 @@ class SteeringSummary(google.protobuf.message.Message):
         last_position: builtins.int | None = ...,
         dose_mean: builtins.float = ...,
         dose_max: builtins.float = ...,
+        changed_at: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_first_position", b"_first_position", "_last_position", b"_last_position", "first_position", b"first_position", "last_position", b"last_position"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_first_position", b"_first_position", "_last_position", b"_last_position", "dose_max", b"dose_max", "dose_mean", b"dose_mean", "first_position", b"first_position", "last_position", b"last_position", "num_tokens", b"num_tokens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_changed_at", b"_changed_at", "_first_position", b"_first_position", "_last_position", b"_last_position", "changed_at", b"changed_at", "first_position", b"first_position", "last_position", b"last_position"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_changed_at", b"_changed_at", "_first_position", b"_first_position", "_last_position", b"_last_position", "changed_at", b"changed_at", "dose_max", b"dose_max", "dose_mean", b"dose_mean", "first_position", b"first_position", "last_position", b"last_position", "num_tokens", b"num_tokens"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_changed_at", b"_changed_at"]) -> typing.Literal["changed_at"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_first_position", b"_first_position"]) -> typing.Literal["first_position"] | None: ...
     @typing.overload
@@ -225,6 +237,7 @@ class Completion(google.protobuf.message.Message):
     STEERING_FIELD_NUMBER: builtins.int
     SIGNALS_FIELD_NUMBER: builtins.int
     FEATURES_FIELD_NUMBER: builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """request_id is the engine's own id of the sequence."""
     model_name: builtins.str
@@ -236,18 +249,25 @@ class Completion(google.protobuf.message.Message):
     policy: builtins.str
     """policy is the policy's plain name, or `inline`; empty when it was not steered."""
     steering_digest: builtins.str
-    """steering_digest identifies the effective steering; empty when not steered."""
+    """steering_digest identifies the steering that the worker applied; empty when not
+    steered. Compare with asked_steering_digest of the report.
+    """
     num_prompt_tokens: builtins.int
     """num_prompt_tokens is the length of the prompt. Positions from here on are
     generated tokens; the last one sampled is never fed back, so never observed.
     """
     num_observed_tokens: builtins.int
     """num_observed_tokens is how many tokens were observed at every site, those
-    over the limit included.
+    over the limit and those from the prefix cache included.
     """
     complete: builtins.bool
-    """complete is true when every token so far was observed and kept. It is false
-    also when the engine dropped frames near the end, which may have held more.
+    """complete is true when every token so far was observed and kept, and steering was
+    applied as asked. It is false also when the engine dropped frames near the end,
+    which may have held more, and when it is not known what was asked.
+    """
+    num_cached_tokens: builtins.int
+    """num_cached_tokens is how many of the observed tokens this completion did not
+    compute: their KV came from the prefix cache, and so did their activations.
     """
     @property
     def unobserved(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UnobservedTokens]:
@@ -281,9 +301,10 @@ class Completion(google.protobuf.message.Message):
         steering: global___SteeringSummary | None = ...,
         signals: collections.abc.Iterable[global___SignalScore] | None = ...,
         features: collections.abc.Iterable[global___FeatureTrack] | None = ...,
+        num_cached_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["steering", b"steering"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["complete", b"complete", "engine", b"engine", "features", b"features", "model_name", b"model_name", "num_observed_tokens", b"num_observed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "policy", b"policy", "request_id", b"request_id", "signals", b"signals", "state", b"state", "steering", b"steering", "steering_digest", b"steering_digest", "unobserved", b"unobserved"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complete", b"complete", "engine", b"engine", "features", b"features", "model_name", b"model_name", "num_cached_tokens", b"num_cached_tokens", "num_observed_tokens", b"num_observed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "policy", b"policy", "request_id", b"request_id", "signals", b"signals", "state", b"state", "steering", b"steering", "steering_digest", b"steering_digest", "unobserved", b"unobserved"]) -> None: ...
 
 global___Completion = Completion
 
@@ -298,6 +319,8 @@ class RequestReport(google.protobuf.message.Message):
     COMPLETIONS_FIELD_NUMBER: builtins.int
     CATALOG_DIGEST_FIELD_NUMBER: builtins.int
     PLUGIN_VERSION_FIELD_NUMBER: builtins.int
+    ASKED_STEERING_DIGEST_FIELD_NUMBER: builtins.int
+    CATALOG_VERSION_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the resource name: `requests/` and the id that the client knows."""
     state: global___RequestState.ValueType
@@ -306,6 +329,12 @@ class RequestReport(google.protobuf.message.Message):
     """catalog_digest is the SHA-256 of the catalog that the features come from."""
     plugin_version: builtins.str
     """plugin_version is the version of Steerscope."""
+    asked_steering_digest: builtins.str
+    """asked_steering_digest identifies the steering that was admitted; empty when none
+    was asked for, or when it is not known (any more).
+    """
+    catalog_version: builtins.str
+    """catalog_version is the version that the catalog gives itself."""
     @property
     def completions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Completion]:
         """completions are in the order in which they started."""
@@ -318,8 +347,10 @@ class RequestReport(google.protobuf.message.Message):
         completions: collections.abc.Iterable[global___Completion] | None = ...,
         catalog_digest: builtins.str = ...,
         plugin_version: builtins.str = ...,
+        asked_steering_digest: builtins.str = ...,
+        catalog_version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["catalog_digest", b"catalog_digest", "completions", b"completions", "name", b"name", "plugin_version", b"plugin_version", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked_steering_digest", b"asked_steering_digest", "catalog_digest", b"catalog_digest", "catalog_version", b"catalog_version", "completions", b"completions", "name", b"name", "plugin_version", b"plugin_version", "state", b"state"]) -> None: ...
 
 global___RequestReport = RequestReport
 

@@ -1,0 +1,121 @@
+"""The requests a worker holds, followed from what the scheduler says: one source for both runners.
+
+Kept for each: its stamp, its prompt's length and the KV blocks it owns. Shapes: R requests
+of the step, T tokens, B the most blocks a request can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from steerscope.engine.plan import IntArray, RequestInfo, StepLayout, positions
+from steerscope.steering.stamp import Stamp
+
+
+class Arrival(NamedTuple):
+    """A request that the scheduler sends whole: new, or back after it was preempted."""
+
+    req_id: str
+    info: RequestInfo
+    block_ids: Sequence[int]
+
+
+class MoreBlocks(NamedTuple):
+    """Blocks that a known request got; ``anew`` if they are all it has."""
+
+    req_id: str
+    block_ids: Sequence[int]
+    anew: bool
+
+
+@dataclass(slots=True)
+class _Member:
+    info: RequestInfo
+    row: int
+    num_blocks: int
+
+
+class Roster:
+    """Requests by internal id, with a row of the block table each.
+
+    Args:
+        max_num_seqs: rows to begin with; more are made when more requests are held
+            (preempted ones keep theirs).
+        max_blocks: B.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+        self._members: dict[str, _Member] = {}
+        self._blocks_RB = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self._free = list(range(max_num_seqs))
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, req_id: object) -> bool:
+        return req_id in self._members
+
+    def info(self, req_id: str) -> RequestInfo:
+        """What is known of a request of the step."""
+        return self._members[req_id].info
+
+    def arrive(self, arrivals: Iterable[Arrival]) -> None:
+        """Take requests in, or anew."""
+        for req_id, info, block_ids in arrivals:
+            known = self._members.get(req_id)
+            row = known.row if known else self._row()
+            self._members[req_id] = _Member(info, row, 0)
+            self._append(self._members[req_id], block_ids)
+
+    def extend(self, blocks: Iterable[MoreBlocks]) -> None:
+        """Note blocks that known requests got."""
+        for req_id, block_ids, anew in blocks:
+            member = self._members[req_id]
+            if anew:
+                member.num_blocks = 0
+            self._append(member, block_ids)
+
+    def restamp(self, req_id: str, stamp: Stamp) -> None:
+        """The request's steering was changed in flight."""
+        member = self._members[req_id]
+        member.info = member.info._replace(stamp=stamp)
+
+    def leave(self, req_ids: Iterable[str]) -> None:
+        """Forget requests that ended."""
+        for req_id in req_ids:
+            member = self._members.pop(req_id, None)
+            if member is not None:
+                self._free.append(member.row)
+
+    def slots(self, layout: StepLayout, block_size: int) -> IntArray:
+        """The KV slot of each token of the step, int64 [T]."""
+        rows_R = np.array([self._members[r].row for r in layout.req_ids], np.int64)
+        rows_T = np.repeat(rows_R, np.diff(layout.query_start_loc))
+        return self._slots(rows_T, positions(layout), block_size)
+
+    def leading_slots(self, req_id: str, num_positions: int, block_size: int) -> IntArray:
+        """The KV slots of the request's first positions, int64."""
+        return self._slots(self._members[req_id].row, np.arange(num_positions), block_size)
+
+    def _slots(self, rows: IntArray | int, at: IntArray, block_size: int) -> IntArray:
+        blocks = self._blocks_RB[rows, at // block_size].astype(np.int64)
+        slots: IntArray = blocks * block_size + at % block_size
+        return slots
+
+    def _append(self, member: _Member, block_ids: Sequence[int]) -> None:
+        end = member.num_blocks + len(block_ids)
+        if end > self._blocks_RB.shape[1]:
+            self._blocks_RB = np.pad(self._blocks_RB, ((0, 0), (0, end)))
+        self._blocks_RB[member.row, member.num_blocks : end] = block_ids
+        member.num_blocks = end
+
+    def _row(self) -> int:
+        if not self._free:
+            num_rows = len(self._blocks_RB)
+            self._blocks_RB = np.pad(self._blocks_RB, ((0, max(num_rows, 1)), (0, 0)))
+            self._free.extend(range(num_rows, len(self._blocks_RB)))
+        return self._free.pop()
