@@ -1,6 +1,7 @@
 """A vLLM engine in a process of its own, fed rounds of requests over pipes as JSON lines.
 
-Run as a script it is the child; ``EngineProcess`` is the parent's handle.
+Run as a script it is the child; ``EngineProcess`` is the parent's handle. The engine core runs
+inside the child, so that a test can see preemptions and plant a bug (``mutations.py``).
 """
 
 from __future__ import annotations
@@ -11,25 +12,49 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-START_TIMEOUT_SECONDS = 300
+MUTATION_ENV = "TEST_MUTATION"
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+TRITON_CPU = Path(__file__).parents[1] / "triton_cpu"
+V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": os.pathsep.join([str(TRITON_CPU), os.environ.get("PYTHONPATH", "")]),
+}
+"""Environment for the V2 model runner on a CPU."""
 
 
 class EngineProcess:
-    """Start an engine on ``model``; with Steerscope where ``config`` is given."""
+    """Start an engine on ``model``; with Steerscope where ``config`` is given.
 
-    def __init__(self, model: Path, config: Path | None, log: Path, **engine_args: Any) -> None:
+    ``environment`` adds to the child's; ``mutation`` names a bug to plant in it.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        config: Path | None,
+        log: Path,
+        *,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        mutation: str = "",
+        **engine_args: Any,
+    ) -> None:
+        added = {**ENVIRONMENT, **environment, MUTATION_ENV: mutation}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("STEERSCOPE")}
-        environment |= ENVIRONMENT
+        environment |= added
+        self.num_preemptions = 0
         if config is not None:
             environment["STEERSCOPE_CONFIG"] = str(config)
         self.log = log
@@ -45,10 +70,16 @@ class EngineProcess:
         self.info = self._read()
 
     def run(self, *requests: dict[str, Any]) -> list[dict[str, Any]]:
-        """Submit together; each is {"prompt", "max_tokens", "extra_args"?, ...sampling}."""
+        """Submit together; each is {"prompt", "max_tokens", "extra_args"?, ...sampling}.
+
+        A request may also say ``arrive_at``, the step before which it is submitted, and
+        ``abort_after``, how many tokens it may have before it is aborted.
+        """
         self.process.stdin.write(json.dumps(requests).encode() + b"\n")
         self.process.stdin.flush()
-        return self._read()
+        reply = self._read()
+        self.num_preemptions += reply["preemptions"]
+        return reply["results"]
 
     def stop(self) -> None:
         self.process.stdin.close()
@@ -72,16 +103,20 @@ def steering(*interventions: dict[str, Any]) -> dict[str, str]:
 
 def _serve(model: str, engine_args: dict[str, Any]) -> None:
     from vllm import LLM
+    from vllm.v1.core.sched.scheduler import Scheduler
 
-    llm = LLM(
-        model=model,
-        skip_tokenizer_init=True,
-        dtype="float32",
-        max_model_len=256,
-        seed=0,
-        block_size=32,
-        **engine_args,
-    )
+    if mutation := os.environ[MUTATION_ENV]:
+        import mutations
+
+        mutations.plant(mutation)
+    preemptions = []
+    preempt = Scheduler._preempt_request
+    Scheduler._preempt_request = lambda self, request, *args, **kwargs: (
+        preemptions.append(request.request_id),
+        preempt(self, request, *args, **kwargs),
+    )[1]
+    defaults = {"dtype": "float32", "max_model_len": 256, "seed": 0, "block_size": 32}
+    llm = LLM(model=model, skip_tokenizer_init=True, **defaults | engine_args)
     config = llm.llm_engine.vllm_config
     _tell(
         {
@@ -89,50 +124,84 @@ def _serve(model: str, engine_args: dict[str, Any]) -> None:
             "enforce_eager": config.model_config.enforce_eager,
             "additional_config": config.additional_config,
             "compile_hash": config.compute_hash(),
+            "v2_model_runner": config.use_v2_model_runner,
         }
     )
     for line in sys.stdin:
-        _tell(_round(llm, json.loads(line)))
-
-
-def _round(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Admit what is admissible, run it as one batch, report what was refused."""
-    from vllm.exceptions import VLLMClientError
-
-    results: list[dict[str, Any]] = [{} for _ in requests]
-    admitted: dict[str, int] = {}
-    for index, request in enumerate(requests):
-        try:
-            request_id = _submit(llm, index, request)
-        except VLLMClientError as error:
-            results[index] = {"error": str(error), "parameter": getattr(error, "parameter", None)}
-        else:
-            admitted[request_id] = index
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            if output.finished:
-                results[admitted[output.request_id]] = {
-                    "request_id": output.request_id,
-                    "tokens": [list(c.token_ids) for c in output.outputs],
-                    "cached": output.num_cached_tokens,
-                }
-    return results
+        preemptions.clear()
+        results = Round(llm, json.loads(line)).run()
+        _tell({"results": results, "preemptions": len(preemptions)})
 
 
 _count = iter(range(1_000_000))
 
 
-def _submit(llm: Any, index: int, request: dict[str, Any]) -> str:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+class Round:
+    """Admit what is admissible as it arrives, run it together, report what was refused."""
 
-    request = dict(request)
-    request_id = f"req-{next(_count)}"
-    prompt = {"prompt_token_ids": request.pop("prompt")}
-    greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    params = SamplingParams(**greedy | request, output_kind=RequestOutputKind.FINAL_ONLY)
-    llm.llm_engine.add_request(request_id, prompt, params)
-    return request_id
+    def __init__(self, llm: Any, requests: list[dict[str, Any]]) -> None:
+        self.engine = llm.llm_engine
+        self.results: list[dict[str, Any]] = [{} for _ in requests]
+        self.abort_after: dict[str, int] = {}
+        self.index_of: dict[str, int] = {}
+        indexed = [(i, {"arrive_at": 0, **request}) for i, request in enumerate(requests)]
+        self.arriving = sorted(indexed, key=lambda item: item[1]["arrive_at"], reverse=True)
+
+    def run(self) -> list[dict[str, Any]]:
+        step = 0
+        while self.arriving or self.engine.has_unfinished_requests():
+            while self.arriving and self.arriving[-1][1]["arrive_at"] <= step:
+                self.submit(*self.arriving.pop())
+            for output in self.engine.step():
+                self.take(output)
+            step += 1
+        return self.results
+
+    def take(self, output: Any) -> None:
+        tokens = [list(c.token_ids) for c in output.outputs]
+        limit = self.abort_after.get(output.request_id)
+        is_cut = limit is not None and len(tokens[0]) >= limit and not output.finished
+        if is_cut:
+            self.engine.abort_request([output.request_id])
+        if is_cut or output.finished:
+            self.results[self.index_of[output.request_id]] = {
+                "request_id": output.request_id,
+                "tokens": tokens,
+                "cached": output.num_cached_tokens,
+                "aborted": is_cut,
+                "logprobs": _logprobs(output),
+            }
+
+    def submit(self, index: int, request: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import RequestOutputKind
+
+        request = dict(request)
+        request_id = f"req-{next(_count)}"
+        del request["arrive_at"]
+        limit = request.pop("abort_after", None)
+        kind = RequestOutputKind.FINAL_ONLY if limit is None else RequestOutputKind.CUMULATIVE
+        prompt = {"prompt_token_ids": request.pop("prompt")}
+        greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        params = SamplingParams(**greedy | request, output_kind=kind)
+        try:
+            self.engine.add_request(request_id, prompt, params)
+        except VLLMValidationError as error:
+            refused = {"error": str(error), "parameter": getattr(error, "parameter", None)}
+            self.results[index] = refused
+            return
+        self.index_of[request_id] = index
+        if limit is not None:
+            self.abort_after[request_id] = limit
+
+
+def _logprobs(output: Any) -> list[dict[int, float]] | None:
+    """Of each token of the first sequence, where they were asked for."""
+    logprobs = output.outputs[0].logprobs
+    if not logprobs:
+        return None
+    return [{token: value.logprob for token, value in step.items()} for step in logprobs]
 
 
 def _tell(result: Any) -> None:

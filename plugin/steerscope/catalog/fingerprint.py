@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from steerscope.catalog.model import Fingerprint
 from steerscope.errors import ModelMismatchError
+
+MAX_HEADER_BYTES = 100_000_000
+"""As safetensors itself has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +69,26 @@ def _file_digest(path: Path) -> str:
 
 
 def tensor_digest(folder: Path, name: str) -> str:
-    """SHA-256 of a tensor's raw little-endian bytes, found in any ``*.safetensors`` there."""
+    """SHA-256 of a tensor's bytes as stored, found in any ``*.safetensors`` there."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="numpy") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    return hashlib.sha256(tensors.get_tensor(name).tobytes()).hexdigest()
-        except (SafetensorError, OSError, TypeError):
+            stored = _stored_bytes(path, name)
+        except (OSError, ValueError, KeyError, TypeError, struct.error):
             continue
+        if stored is not None:
+            return hashlib.sha256(stored).hexdigest()
     return "(not found)"
+
+
+def _stored_bytes(path: Path, name: str) -> bytes | None:
+    """By the file's own header: numpy, which the library reads with here, has no bfloat16."""
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size > MAX_HEADER_BYTES:
+            raise ValueError("not a safetensors file")
+        header = json.loads(file.read(header_size))
+        if name not in header:
+            return None
+        begin, end = header[name]["data_offsets"]
+        file.seek(8 + header_size + begin)
+        return file.read(end - begin)

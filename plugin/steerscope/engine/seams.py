@@ -68,6 +68,8 @@ class Seam(NamedTuple):
     assumes: str
     wrapper: Callable[..., Any]
     """Called as ``wrapper(callbacks, original, *args, **kwargs)`` in place of the original."""
+    is_optional: bool = False
+    """Whether some supported vLLM lacks the name, or cannot import its module here."""
 
 
 def install(callbacks: Callbacks) -> None:
@@ -82,14 +84,17 @@ def verify() -> None:
         try:
             module = importlib.import_module(seam.module)
         except ImportError as error:
+            if seam.is_optional:
+                continue
             raise _broken(seam, str(error)) from None
         _find(seam, module)
 
 
 def _patch(seam: Seam, callbacks: Callbacks, module: Any) -> None:
-    owner, name, original = _find(seam, module)
-    if hasattr(original, _ORIGINAL):
+    found = _find(seam, module)
+    if found is None or hasattr(found[2], _ORIGINAL):
         return
+    owner, name, original = found
 
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -99,13 +104,18 @@ def _patch(seam: Seam, callbacks: Callbacks, module: Any) -> None:
     setattr(owner, name, patched)
 
 
-def _find(seam: Seam, module: Any) -> tuple[Any, str, Any]:
-    """The seam's (owner, attribute, value), or ``UnsupportedEngineError``."""
+def _find(seam: Seam, module: Any) -> tuple[Any, str, Any] | None:
+    """The seam's (owner, attribute, value); None if it need not be there and is not.
+
+    Raises ``UnsupportedEngineError`` if it must, or if it takes other parameters.
+    """
     *path, name = seam.qualname.split(".")
     try:
         owner = functools.reduce(getattr, path, module)
         original = getattr(owner, name)
     except AttributeError as error:
+        if seam.is_optional:
+            return None
         raise _broken(seam, str(error)) from None
     known = inspect.signature(original).parameters
     if missing := [parameter for parameter in seam.parameters if parameter not in known]:
@@ -513,9 +523,10 @@ SEAMS = (
             module,
             "generate_block_hash_extra_keys",
             ("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
-            "returns (extra keys or None, next mm index); keys are (tag, value) pairs; block "
-            "hashes chain; this module calls it by its own name",
+            "returns (extra keys or None, next mm index); keys are hashable values, since 0.31 "
+            "(tag, value) pairs; block hashes chain; this module calls it by its own name",
             _salted,
+            is_optional=module.endswith("offload.manager"),  # since 0.30
         )
         for module in (
             "vllm.v1.core.kv_cache_utils",
@@ -577,6 +588,7 @@ SEAMS = (
         "the same of the V2 runner: its result holds req_ids, num_computed_tokens_np, "
         "query_start_loc_np and positions in row order",
         _planned_v2,
+        is_optional=True,  # needs Triton
     ),
     *(
         Seam(
@@ -587,6 +599,7 @@ SEAMS = (
             "requests that ended before this step, those that are new (or, in the V2 runner, "
             "back after preemption), and blocks by KV cache group",
             _executed,
+            is_optional=".gpu." in module,
         )
         for module in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
     ),
