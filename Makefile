@@ -4,10 +4,10 @@ BIN := .venv/bin
 SOURCES := plugin/steerscope tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve fmt lint type protos
+.PHONY: help setup demo test serve oracle test-matrix fmt lint type protos
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: ## make .venv (vLLM for CPU, the plugin, the tools)
 	@scripts/setup.sh
@@ -20,6 +20,12 @@ serve: setup ## the demo server in the foreground: vLLM on 8000, gRPC on 50051, 
 
 test: setup ## all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+oracle: setup ## every exactness suite in full, one JSON line each (about 20 minutes)
+	@$(BIN)/python tests/engine/suites.py $(SUITES)
+
+test-matrix: setup ## the seams and parity on several releases of vLLM
+	@scripts/test_matrix.sh $(VERSIONS)
 
 fmt: setup ## format the code
 	@$(BIN)/ruff check --fix -q $(SOURCES)

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+NUM_LAST_STEPS = 3
+"""Steps without tokens, which a core in a process of its own takes too: they tell of ends."""
 MUTATION_ENV = "TEST_MUTATION"
 
 ENVIRONMENT = {
@@ -155,6 +157,8 @@ class Round:
             for output in self.engine.step():
                 self.take(output)
             step += 1
+        for _ in range(NUM_LAST_STEPS):
+            self.engine.step()
         return self.results
 
     def take(self, output: Any) -> None:

@@ -124,7 +124,12 @@ class _Argument:
 
 def _before(module: nn.Module, visit: Visit) -> None:
     """The module's input: its first argument, plus ``residual`` where it takes one."""
-    names = list(inspect.signature(module.forward).parameters)
+    # vLLM's custom ops, norms among them, take (*args, **kwargs) and pass them on to this.
+    forward = getattr(module, "forward_native", module.forward)
+    parameters = inspect.signature(forward).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        raise UnsupportedEngineError(f"{type(module).__name__}.forward does not name its arguments")
+    names = list(parameters)
     hidden = _Argument(names, "hidden_states" if "hidden_states" in names else names[0])
     residual = _Argument(names, "residual") if "residual" in names else None
 
