@@ -97,6 +97,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
     from steerscope.engine.readout import FrameSender, Source
     from steerscope.engine.runtime import EngineRuntime
 
+    seams.verify(loaded_only=True)
     global _instances
     instance, _instances = _instances, _instances + 1
     catalog = load_catalog(settings)

@@ -75,7 +75,9 @@ class EngineProcess:
         """Submit together; each is {"prompt", "max_tokens", "extra_args"?, ...sampling}.
 
         A request may also say ``arrive_at``, the step before which it is submitted, and
-        ``abort_after``, how many tokens it may have before it is aborted.
+        ``abort_after``, how many tokens it may have before it is aborted. ``change_after`` is
+        how many it has when its steering is changed in flight to ``change_to``, a spec's JSON or
+        ``release``; ``change_at_step`` is the step before which that happens.
         """
         self.process.stdin.write(json.dumps(requests).encode() + b"\n")
         self.process.stdin.flush()
@@ -145,6 +147,9 @@ class Round:
         self.engine = llm.llm_engine
         self.results: list[dict[str, Any]] = [{} for _ in requests]
         self.abort_after: dict[str, int] = {}
+        self.changes: dict[str, tuple[int, str]] = {}
+        self.timed: dict[int, tuple[str, str]] = {}
+        self.changed_at: dict[str, int] = {}
         self.index_of: dict[str, int] = {}
         indexed = [(i, {"arrive_at": 0, **request}) for i, request in enumerate(requests)]
         self.arriving = sorted(indexed, key=lambda item: item[1]["arrive_at"], reverse=True)
@@ -154,6 +159,8 @@ class Round:
         while self.arriving or self.engine.has_unfinished_requests():
             while self.arriving and self.arriving[-1][1]["arrive_at"] <= step:
                 self.submit(*self.arriving.pop())
+            if step in self.timed:
+                self.change(*self.timed[step])
             for output in self.engine.step():
                 self.take(output)
             step += 1
@@ -164,6 +171,11 @@ class Round:
     def take(self, output: Any) -> None:
         tokens = [list(c.token_ids) for c in output.outputs]
         limit = self.abort_after.get(output.request_id)
+        if (
+            output.request_id in self.changes
+            and len(tokens[0]) >= self.changes[output.request_id][0]
+        ):
+            self.change(output.request_id, self.changes.pop(output.request_id)[1])
         is_cut = limit is not None and len(tokens[0]) >= limit and not output.finished
         if is_cut:
             self.engine.abort_request([output.request_id])
@@ -173,8 +185,29 @@ class Round:
                 "tokens": tokens,
                 "cached": output.num_cached_tokens,
                 "aborted": is_cut,
+                "changed_at": self.changed_at.get(output.request_id),
                 "logprobs": _logprobs(output),
             }
+
+    def change(self, external_id: str, spec: str) -> None:
+        """Steer a running request anew, at the scheduler, from its next step on."""
+        from steerscope.engine.seams import scheduler_side_of
+        from steerscope.steering.interventions import SteeringSpec, parse_spec
+        from steerscope.steering.stamp import STAMP_KEY, Stamp, decode
+
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        (request,) = (r for i, r in scheduler.requests.items() if i.startswith(external_id + "-"))
+        catalog = self.engine.vllm_config.additional_config["steerscope"]["catalog_digest"]
+
+        released = SteeringSpec(interventions=())
+
+        def stamp_from(position: int) -> Stamp:
+            self.changed_at[external_id] = position
+            before = decode(request.sampling_params.extra_args[STAMP_KEY])
+            asked = released if spec == "release" else parse_spec(spec)
+            return before.changed(position, "inline", asked, catalog, request.num_prompt_tokens)
+
+        scheduler_side_of(scheduler).change(request.request_id, stamp_from)
 
     def submit(self, index: int, request: dict[str, Any]) -> None:
         from vllm import SamplingParams
@@ -185,7 +218,11 @@ class Round:
         request_id = f"req-{next(_count)}"
         del request["arrive_at"]
         limit = request.pop("abort_after", None)
-        kind = RequestOutputKind.FINAL_ONLY if limit is None else RequestOutputKind.CUMULATIVE
+        change = request.pop("change_after", None), request.pop("change_to", "")
+        if (step := request.pop("change_at_step", None)) is not None:
+            self.timed[step] = (request_id, change[1])
+        is_watched = limit is not None or change[0] is not None
+        kind = RequestOutputKind.CUMULATIVE if is_watched else RequestOutputKind.FINAL_ONLY
         prompt = {"prompt_token_ids": request.pop("prompt")}
         greedy = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
         params = SamplingParams(**greedy | request, output_kind=kind)
@@ -198,6 +235,8 @@ class Round:
         self.index_of[request_id] = index
         if limit is not None:
             self.abort_after[request_id] = limit
+        if change[0] is not None:
+            self.changes[request_id] = change
 
 
 def _logprobs(output: Any) -> list[dict[int, float]] | None:

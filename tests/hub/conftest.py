@@ -6,6 +6,7 @@ from steerscope.catalog import store
 from steerscope.client import Client
 from steerscope.config import HubSettings, Settings
 from steerscope.hub import launcher
+from steerscope.hub.link import FrontendLink
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +47,15 @@ def shared_hub(settings):
 def client(shared_hub):
     with Client(f"127.0.0.1:{shared_hub.grpc_port}") as client:
         yield client
+
+
+@pytest.fixture
+def front_end(hub, catalog):
+    """A front end's link."""
+    link = FrontendLink(hub.endpoint, catalog.digest)
+    link.start()
+    yield link
+    link.close()
 
 
 @pytest.fixture

@@ -54,8 +54,9 @@ def test_a_policy_comes_back_as_it_was_created(client):
         when=When(feature="unknown", above=0.5),
         span=(3, 9),
     )
-    created = client.create_policy("round-trip", [edit], description="all of it")
+    created = client.create_policy("round-trip", [edit], max_dose=0.5, description="all of it")
     assert created == client.get_policy("round-trip")
+    assert created.max_dose == 0.5
     assert created.name == "policies/round-trip"
     assert created.description == "all of it"
     assert created.origin == pb.POLICY_ORIGIN_CREATED
@@ -64,6 +65,14 @@ def test_a_policy_comes_back_as_it_was_created(client):
     assert (got.feature, got.at_least, got.phase) == ("known", 2.5, pb.PHASE_GENERATION)
     assert (got.when.feature, got.when.above, got.when.HasField("below")) == ("unknown", 0.5, False)
     assert (got.only_if_active, got.span.start, got.span.end) == (True, 3, 9)
+
+
+@pytest.mark.parametrize("dose", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_dose_that_is_none_is_refused_by_field(client, dose):
+    with pytest.raises(SpecError) as caught:
+        client.create_policy("dosed", [CLAMP], max_dose=dose)
+    assert caught.value.field == "policy.max_dose"
+    assert "dosed" not in [policy.name for policy in client.list_policies()]
 
 
 @pytest.mark.parametrize("op", ["clamp", "ablate", "at_least", "at_most", "scale", "add"])

@@ -5,6 +5,7 @@ import threading
 import time
 
 import httpx
+import msgspec
 import pytest
 from hub_world import ENGINE, eventually, frame, scrape, start
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -13,6 +14,7 @@ from steerscope.api.v1 import telemetry_pb2 as pb
 from steerscope.client import Client
 from steerscope.errors import HubError, SpecError
 from steerscope.steering.interventions import Intervention
+from steerscope.telemetry.frames import CachedActivations, RequestEnd
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -81,6 +83,69 @@ def test_a_negative_wait_is_refused(client):
     with pytest.raises(SpecError) as caught:
         client.get_request_report("a", wait=-1.0)
     assert caught.value.field == "wait"
+
+
+def test_tokens_of_a_prefix_hit_are_observed_where_their_activations_were_kept(
+    hub, client, worker, catalog
+):
+    labels = {"model_name": "demo", "engine": "0"}
+    before = scrape(hub.http_port)
+    kept = frame(catalog, ("x", 0, 3), acts=[[1.0], [2.0], [3.0]], edited={1: 3.0}).sites
+    told = msgspec.structs.replace(
+        start("hit", 4, first_position=3), cached=CachedActivations(bytes([1, 1, 0]), kept)
+    )
+    worker.send(frame(catalog, ("hit", 3, 2), acts=4.0, started=(told,)))
+    ended = frame(catalog)
+    worker.send(msgspec.structs.replace(ended, finished=(RequestEnd("hit", 5),)))
+    (completion,) = client.get_request_report("hit", wait=5.0).completions
+    assert (completion.num_observed_tokens, completion.num_cached_tokens) == (4, 2)
+    assert [(u.reason, u.num_tokens) for u in completion.unobserved] == [
+        (pb.UNOBSERVED_REASON_PREFIX_CACHE, 1)
+    ]
+    tracks = [t for t in completion.features if t.feature == "known"]
+    assert [(t.first_position, list(t.activations)) for t in tracks] == [
+        (0, [1.0, 2.0]),
+        (3, [4.0, 4.0]),
+    ]
+    assert list(tracks[0].deltas) == [0.0, 3.0]
+
+    def moved(name, **more):
+        return scrape(hub.http_port).value(name, **labels, **more) - (
+            before.value(name, **labels, **more) or 0.0
+        )
+
+    assert moved("steerscope_cached_tokens_total") == 2
+    assert moved("steerscope_unobserved_tokens_total", reason="prefix_cache") == 1
+    assert moved("steerscope_observed_tokens_total", phase="prompt") == 3
+
+
+def test_an_end_says_how_many_tokens_there_were(client, worker, catalog):
+    worker.send(frame(catalog, ("short", 0, 3), started=(start("short", 2),)))
+    worker.send(msgspec.structs.replace(frame(catalog), finished=(RequestEnd("short", 5),)))
+    (completion,) = client.get_request_report("short", wait=5.0).completions
+    assert not completion.complete
+    assert [(u.reason, u.num_tokens) for u in completion.unobserved] == [
+        (pb.UNOBSERVED_REASON_DROPPED_FRAME, 2)
+    ]
+
+
+def test_a_receipt_is_complete_only_if_what_was_asked_is_what_was_done(
+    client, worker, catalog, front_end
+):
+    for name, digest, complete in (("same", "d1", True), ("other", "d2", False)):
+        front_end.admitted(name, "force-known", digest)
+        told = start(name, 2, policy="force-known")
+        worker.send(frame(catalog, (name, 0, 2), started=(told,)))
+        worker.send(msgspec.structs.replace(frame(catalog), finished=(RequestEnd(name, 2),)))
+        report = eventually(lambda name=name, digest=digest: _asked(client, name, digest))
+        (completion,) = report.completions
+        assert completion.complete is complete
+        assert completion.steering_digest == "d1"
+
+
+def _asked(client, name, digest):
+    report = client.get_request_report(name, wait=5.0)
+    return report if report.asked_steering_digest == digest else None
 
 
 def test_a_running_request_is_reported_as_it_is(client, worker, catalog):

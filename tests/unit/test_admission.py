@@ -69,3 +69,27 @@ def test_more_combinations_than_rows_are_refused(tiny_world):
     asked = admission.resolve({"steering": f'{{"interventions":[{edits}]}}'})
     with pytest.raises(SpecError, match="3 different combinations"):
         admission.stamp("id", asked, 12)
+
+
+def test_a_dose_over_the_cap_is_refused_and_the_cap_holds_for_who_names_none(tiny_world):
+    catalog = store.load(tiny_world.catalog)
+    admission = Admission(catalog, SteeringSettings(max_dose=0.5), dict)
+    edit = '{"feature": "direction_1", "add": 1}'
+
+    def stamped(more):
+        asked = admission.resolve({"steering": f'{{"interventions": [{edit}]{more}}}'})
+        return admission.stamp("id", asked, 5)
+
+    with pytest.raises(SpecError) as caught:
+        stamped(', "max_dose": 0.6')
+    assert caught.value.field == "steering.max_dose"
+    assert stamped("").max_dose == stamped("").segments[0].max_dose == 0.5
+    assert stamped(', "max_dose": 0.25').max_dose == 0.25
+    assert stamped("").digest != stamped(', "max_dose": 0.25').digest
+
+
+@pytest.mark.parametrize("dose", ["0", "-1", "1e999", "NaN", '"1"'])
+def test_a_dose_that_is_none_is_refused(admission, dose):
+    spec = f'{{"interventions": [{{"feature": "direction_1", "add": 1}}], "max_dose": {dose}}}'
+    with pytest.raises(SpecError):
+        admission.resolve({"steering": spec})

@@ -5,6 +5,8 @@ import types
 import pytest
 from steerscope.engine import seams
 from steerscope.errors import UnsupportedEngineError
+from steerscope.steering import stamp
+from steerscope.steering.stamp import Stamp
 
 
 def test_every_seam_is_where_we_say_it_is():
@@ -32,3 +34,27 @@ def test_patching_twice_wraps_once():
     once = module.generate_block_hash_extra_keys
     seams._patch(seam, None, module)
     assert module.generate_block_hash_extra_keys is once
+
+
+def test_a_name_that_is_only_read_must_be_there_too(monkeypatch):
+    gone = seams.Read("vllm.v1.request", "Request.no_such_thing", "nothing")
+    monkeypatch.setattr(seams, "READS", (gone,))
+    with pytest.raises(UnsupportedEngineError, match=r"Request\.no_such_thing: it is not there"):
+        seams.verify()
+
+
+@pytest.mark.parametrize("version", ["0.27.0", "0.33.0", "1.0.0"])
+def test_a_vllm_we_were_not_proven_with_is_refused(monkeypatch, version):
+    monkeypatch.setattr(seams, "version", lambda: version)
+    with pytest.raises(UnsupportedEngineError, match=f"vLLM {version} is not supported"):
+        seams.check_version()
+
+
+def test_a_step_that_lost_its_note_is_never_run_unsteered():
+    stamped = stamp.encode(Stamp("x", "push"))
+    sampling = types.SimpleNamespace(extra_args={stamp.STAMP_KEY: stamped})
+    new = types.SimpleNamespace(sampling_params=sampling, prompt_token_ids=[1])
+    with pytest.raises(UnsupportedEngineError, match="without the note"):
+        seams._is_scheduled(types.SimpleNamespace(scheduled_new_reqs=[new]))
+    sampling.extra_args = None
+    assert not seams._is_scheduled(types.SimpleNamespace(scheduled_new_reqs=[new]))

@@ -3,11 +3,12 @@
 import json
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hf_reference import Reference
 from steerscope.catalog import store
-from steerscope.engine import ops
+from steerscope.engine import ops, reference
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.steering.interventions import parse_spec
 
@@ -70,11 +71,11 @@ def test_an_edit_is_the_equation(site, tiny_world, spec):
     interventions = list(parse_spec(f'{{"interventions": [{spec}]}}').interventions)
     site.tap.write_row(1, interventions)
     edited = site.run(hidden, residual, [0, 1, 1, 1, 1, 1])
-    reference = Reference(tiny_world.model, tiny_world.catalog)
+    plain = Reference(tiny_world.model, tiny_world.catalog)
     for token in range(1, 6):
         x = hidden[token] + residual[token]
-        acts = {f.name: reference.activation(f.name, x) for f in site.tap.features}
-        delta = sum(reference._delta(edit, acts) for edit in json.loads(f"[{spec}]"))
+        acts = {f.name: plain.activation(f.name, x) for f in site.tap.features}
+        delta = sum(plain._delta(edit, acts) for edit in json.loads(f"[{spec}]"))
         torch.testing.assert_close(edited[token], hidden[token] + delta, rtol=1e-4, atol=1e-4)
         measured = site.tap.acts_TF[token].tolist()
         assert measured == pytest.approx(list(acts.values()), abs=1e-4)
@@ -135,3 +136,70 @@ def test_the_op_compiles_without_a_graph_break_and_still_edits(site):
         return hidden * 2 + residual
 
     torch.testing.assert_close(layer(hidden, residual), expected)
+
+
+class TestTwoPlaces:
+    """A site whose transcoder reads there and writes elsewhere, on both paths, capped or not."""
+
+    @pytest.fixture(scope="class")
+    def catalog(self, tmp_path_factory):
+        return store.load(oracle.world(tmp_path_factory.mktemp("places")).catalog)
+
+    def run(self, catalog, path, max_dose):
+        step = StepRows(8, torch.device("cpu"))
+        (key,) = (k for k in catalog.sites if str(k) == "mlp_in.1")
+        tap = SiteTap(catalog, key, step, 4, torch.device("cpu"))
+        assert tap.writes == "mlp_out"
+        edits = (
+            '{"feature": "transcoder_mlp_in_1", "clamp": 9.0}, '
+            '{"feature": "direction_mlp_in_1", "add": 7.0}'
+        )
+        tap.write_row(
+            1, list(parse_spec(f'{{"interventions": [{edits}]}}').interventions), max_dose
+        )
+        step.stage(np.array([0, 1, 1, 0, 1, 0], np.int64))
+        (read, _), (written, _) = stream(seed=1), stream(seed=2)
+        before = read.clone(), written.clone()
+        if path == "some":
+            tap(read, None)
+            tap.write(written, None)
+        else:
+            tap._edit_all(read, before[0].clone(), _acts(tap, read))
+            tap._land_all(tap._there, written, before[1].clone())
+        return tap, read - before[0], written - before[1], before
+
+    @pytest.mark.parametrize("max_dose", [None, 0.2])
+    def test_each_edit_lands_where_it_belongs_and_is_capped_there(self, catalog, max_dose):
+        tap, moved, added, before = self.run(catalog, "some", max_dose)
+        names = [feature.name for feature in tap.features]
+        place = {
+            "transcoder_mlp_in_1": (added, before[1]),
+            "direction_mlp_in_1": (moved, before[0]),
+        }
+        doses = []
+        for name, (change, base) in place.items():
+            delta = tap.deltas_TF[:6, names.index(name)]
+            W_dec = torch.from_numpy(catalog.vectors[name].W_dec)
+            torch.testing.assert_close(
+                change[[1, 2, 4]], (delta.unsqueeze(1) * W_dec)[[1, 2, 4]], rtol=1e-4, atol=1e-4
+            )
+            assert not change[[0, 3, 5]].any()
+            doses.append(change.norm(dim=1) / base.norm(dim=1))
+        dose = torch.maximum(*doses)[[1, 2, 4]]
+        torch.testing.assert_close(tap.doses_T[[1, 2, 4]], dose, rtol=1e-4, atol=1e-5)
+        if max_dose is not None:
+            assert (dose <= max_dose * 1.0001).all()
+            assert (dose > max_dose * 0.9999).any()
+
+    @pytest.mark.parametrize("max_dose", [None, 0.2])
+    def test_both_paths_agree(self, catalog, max_dose):
+        some, every = (self.run(catalog, path, max_dose) for path in ("some", "every"))
+        for a, b in zip(some[1:3], every[1:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        at = [1, 2, 4]
+        torch.testing.assert_close(some[0].deltas_TF[at], every[0].deltas_TF[at])
+        torch.testing.assert_close(some[0].doses_T[at], every[0].doses_T[at])
+
+
+def _acts(tap, x):
+    return reference.encode(x, tap.encoder)

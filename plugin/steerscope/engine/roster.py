@@ -80,8 +80,9 @@ class Roster:
             self._append(member, block_ids)
 
     def restamp(self, req_id: str, stamp: Stamp) -> None:
-        """The request's steering was changed in flight."""
-        member = self._members[req_id]
+        """The request's steering was changed in flight; one still to come brings its own."""
+        if (member := self._members.get(req_id)) is None:
+            return
         member.info = member.info._replace(stamp=stamp)
 
     def leave(self, req_ids: Iterable[str]) -> None:

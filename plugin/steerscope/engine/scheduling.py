@@ -35,6 +35,10 @@ class Running(Protocol):
     def num_tokens(self) -> int:
         """Prompt and accepted output."""
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Accepted output."""
+
 
 class SchedulerSide:
     """Notes ends, acceptances and changes between one step and the next.
@@ -88,7 +92,9 @@ class SchedulerSide:
         for req_id, stamp_from in changes.items():
             if (request := requests.get(req_id)) is None:
                 continue
-            first = request.num_computed_tokens
+            # A preempted request starts over, but what it said is said.
+            said = request.num_tokens - 1 if request.num_output_tokens else 0
+            first = max(request.num_computed_tokens, said)
             stamp = stamp_from(first)
             restamp(req_id, first, stamp)
             stamps[req_id] = encode(stamp)

@@ -9,9 +9,12 @@ uses), only where Steerscope is configured; engines that are not ours pass throu
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,22 +75,55 @@ class Seam(NamedTuple):
     """Whether some supported vLLM lacks the name, or cannot import its module here."""
 
 
+class Read(NamedTuple):
+    """One vLLM name we read without wrapping it: an attribute, or a field of a dataclass."""
+
+    module: str
+    qualname: str
+    assumes: str
+    is_optional: bool = False
+
+
 def install(callbacks: Callbacks) -> None:
     """Wrap every seam of this process: at once where its module is loaded, else on import."""
     for seam in SEAMS:
         wrapt.register_post_import_hook(functools.partial(_patch, seam, callbacks), seam.module)
 
 
-def verify() -> None:
-    """Check every seam now, importing what is not loaded; raise ``UnsupportedEngineError``."""
-    for seam in SEAMS:
+def verify(loaded_only: bool = False) -> None:
+    """Check every name we touch; raise ``UnsupportedEngineError`` on the first that is amiss.
+
+    ``loaded_only`` leaves out modules that this process has not imported.
+    """
+    names: list[Seam | Read] = [*SEAMS, *READS]
+    for name in names:
+        if loaded_only and name.module not in sys.modules:
+            continue
         try:
-            module = importlib.import_module(seam.module)
+            module = importlib.import_module(name.module)
         except ImportError as error:
-            if seam.is_optional:
+            if name.is_optional:
                 continue
-            raise _broken(seam, str(error)) from None
-        _find(seam, module)
+            raise _broken(name, str(error)) from None
+        if isinstance(name, Seam):
+            _find(name, module)
+        elif not _is_there(name, module) and not name.is_optional:
+            raise _broken(name, "it is not there")
+
+
+def _is_there(read: Read, module: Any) -> bool:
+    *path, name = read.qualname.split(".")
+    owner = module
+    for part in path:
+        owner = getattr(owner, part, None)
+    if hasattr(owner, name):
+        return True
+    if dataclasses.is_dataclass(owner):
+        return name in {field.name for field in dataclasses.fields(owner)}
+    # Set in __init__, or an annotation: the source is all there is to look at.
+    return (
+        inspect.isclass(owner) and re.search(rf"\b{name}\b", inspect.getsource(owner)) is not None
+    )
 
 
 def _patch(seam: Seam, callbacks: Callbacks, module: Any) -> None:
@@ -123,7 +159,7 @@ def _find(seam: Seam, module: Any) -> tuple[Any, str, Any] | None:
     return owner, name, original
 
 
-def _broken(seam: Seam, reason: str) -> UnsupportedEngineError:
+def _broken(seam: Seam | Read, reason: str) -> UnsupportedEngineError:
     return UnsupportedEngineError(f"vLLM {version()}: {seam.module}.{seam.qualname}: {reason}")
 
 
@@ -365,6 +401,12 @@ def _salted(
     return (*(keys or ()), (stamp.STAMP_KEY, salt)), next_mm_idx
 
 
+def scheduler_side_of(scheduler: Any) -> SchedulerSide:
+    """The half of ours that lives beside a vLLM scheduler that has been stepped."""
+    side: SchedulerSide = getattr(scheduler, _ATTRIBUTE)
+    return side
+
+
 def _side(callbacks: Callbacks, scheduler: Any) -> SchedulerSide | None:
     if not hasattr(scheduler, _ATTRIBUTE):
         setattr(scheduler, _ATTRIBUTE, callbacks.scheduler_side(scheduler.vllm_config))
@@ -604,3 +646,87 @@ SEAMS = (
         for module in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
     ),
 )
+
+_SCHEDULER, _OUTPUT = "vllm.v1.core.sched.scheduler", "vllm.v1.core.sched.output"
+_REQUEST, _KV = "vllm.v1.request", "vllm.v1.kv_cache_interface"
+_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+
+READS = (
+    *(
+        Read(_OUTPUT, f"SchedulerOutput.{field}", assumes)
+        for field, assumes in (
+            ("scheduled_new_reqs", "requests sent whole; on V2 also those back from preemption"),
+            ("scheduled_cached_reqs", "requests the workers know"),
+            ("num_scheduled_tokens", "tokens of the step by request"),
+            ("finished_req_ids", "requests that ended since the last step; they come first"),
+        )
+    ),
+    Read(_OUTPUT, "SchedulerOutput.kv_cache_block_copies", "KV copied block to block", True),
+    *(
+        Read(_OUTPUT, f"NewRequestData.{field}", assumes)
+        for field, assumes in (
+            ("req_id", "the engine's own id"),
+            ("sampling_params", "extra_args holds our stamp, as admission wrote it"),
+            ("prompt_token_ids", "the prompt alone, also of a request that was preempted"),
+            ("prompt_embeds", "given where there are no token ids"),
+            ("block_ids", "all KV blocks it has, by KV cache group, in order of position"),
+        )
+    ),
+    *(
+        Read(_OUTPUT, f"CachedRequestData.{field}", assumes)
+        for field, assumes in (
+            ("req_ids", "in the order of the other fields"),
+            ("new_block_ids", "appended, but for resumed requests, whose blocks they replace"),
+            ("resumed_req_ids", "back from preemption (V1)"),
+        )
+    ),
+    *(
+        Read(_REQUEST, f"Request.{name}", assumes)
+        for name, assumes in (
+            ("num_computed_tokens", "positions below it were scheduled and not rejected"),
+            ("num_tokens", "prompt and accepted output"),
+            ("num_output_tokens", "accepted output"),
+            ("sampling_params", "ours to replace by a copy"),
+            ("block_hashes", "of full blocks, in order; the tail may be cut and computed again"),
+            ("update_block_hashes", "hashes the full blocks that have no hash yet"),
+            ("get_finished_reason", "stop, length, abort, error or repetition"),
+        )
+    ),
+    Read(_SCHEDULER, "Scheduler.requests", "by the engine's own id, until freed"),
+    Read(_SCHEDULER, "Scheduler.vllm_config", "the engine's"),
+    Read(_SCHEDULER, "Scheduler.kv_cache_config", "hash_block_size: tokens to a block's hash"),
+    Read(_KV, "FullAttentionSpec", "its groups keep every block of a running request"),
+    Read(_KV, "KVCacheConfig.num_blocks", "block ids are below it"),
+    Read(_KV, "KVCacheConfig.kv_cache_groups", "each with its kv_cache_spec.block_size"),
+    *(
+        Read(_V1, f"GPUModelRunner.{name}", assumes)
+        for name, assumes in (
+            ("input_batch", "rows in the order of the batch"),
+            ("query_start_loc", ".np holds where each row's tokens begin"),
+            ("positions", "on the device, of the step's tokens"),
+            ("max_num_tokens", "the most a step can hold, padding aside"),
+            ("kv_cache_config", "set before the first step of the scheduler's"),
+            ("device", "where the model is"),
+        )
+    ),
+    *(
+        Read(_V2, f"GPUModelRunner.{name}", assumes, True)
+        for name, assumes in (
+            ("max_num_tokens", "the most a step can hold, padding aside"),
+            ("kv_cache_config", "set before the first step of the scheduler's"),
+            ("device", "where the model is"),
+        )
+    ),
+    Read(
+        "vllm.model_executor.models.utils",
+        "PPMissingLayer",
+        "stands for a layer that another pipeline stage holds",
+    ),
+    Read("vllm.exceptions", "VLLMValidationError", "HTTP 400, with a parameter"),
+    Read(
+        "vllm.distributed.parallel_state",
+        "get_tensor_model_parallel_rank",
+        "0 on the rank that reports",
+    ),
+)
+"""What we read and do not wrap. Layers: see ``wiring``."""
