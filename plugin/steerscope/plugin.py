@@ -69,13 +69,16 @@ def front_end(vllm_config: Any) -> FrontEnd | None:
     settings = _settings(vllm_config)
     if settings is None:
         return None
+    from steerscope.engine import seams
     from steerscope.hub.link import FrontendLink
     from steerscope.steering.frontend import FrontEnd
 
     catalog = load_catalog(settings)
     link = FrontendLink(config.require_hub_endpoint(), catalog.digest)
     link.start()
-    return FrontEnd(catalog, settings, link)
+    # A connector's store is keyed by tokens: steered KV would be served to the unsteered.
+    refused = "nothing is steered with --kv-transfer-config, only observed"
+    return FrontEnd(catalog, settings, link, refused if seams.has_external_kv(vllm_config) else "")
 
 
 def scheduler_side(vllm_config: Any) -> SchedulerSide | None:

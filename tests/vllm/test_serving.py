@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from hf_reference import Reference
+from steerscope.api.v1 import telemetry_pb2
 from steerscope.demo import world
 from steerscope.demo.live.server import MODEL_NAME
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
@@ -86,6 +87,11 @@ EDIT = '{"feature": "unknown_entity", "clamp": 1}'
             '{"interventions": [{"feature": "unknown_entity", "clamp": 1e999}]}',
             "vllm_xargs.steering.interventions[0].clamp",
         ),
+        (EDIT.join(['{"interventions": [', '], "max_dose": 0}']), "vllm_xargs.steering.max_dose"),
+        (
+            EDIT.join(['{"interventions": [', '], "max_dose": -1e999}']),
+            "vllm_xargs.steering.max_dose",
+        ),
         (5, "vllm_xargs.steering"),
         (["force-known"], "vllm_xargs.steering"),
         ("x" * 100_000, "vllm_xargs.steering"),
@@ -97,6 +103,43 @@ def test_a_bad_flag_is_http_400_with_its_field_and_the_server_goes_on(http, flag
     assert param in json.dumps(reply["error"]), reply
     assert reply["error"]["param"] == param
     assert http.say(question("known").question)
+
+
+def test_a_stop_string_ends_the_answer_and_the_receipt_is_complete(http, client):
+    asked = question("known")
+    whole = http.say(asked.question)
+    word = whole.split()[-1]
+    status, reply = http.chat(asked.question, stop=[word])
+    (choice,) = reply["choices"]
+    assert (status, choice["finish_reason"], choice["stop_reason"]) == (200, "stop", word)
+    assert choice["message"]["content"].strip() == whole[: whole.index(word)].strip()
+    (completion,) = client.get_request_report(reply["id"], wait=10.0).completions
+    assert completion.state == telemetry_pb2.REQUEST_STATE_FINISHED
+    assert completion.complete
+    least = len(reply["prompt_token_ids"]) + len(choice["token_ids"]) - 1
+    assert completion.num_observed_tokens >= least
+
+
+def test_a_client_that_hangs_up_leaves_a_complete_receipt_of_what_was_computed(
+    openai_client, client
+):
+    stream = openai_client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": question("known").question}],
+        temperature=0,
+        max_tokens=150,
+        stream=True,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"steering": "force-unknown"}},
+    )
+    chunks = [next(stream) for _ in range(5)]
+    stream.close()
+    report = client.get_request_report(chunks[0].id, wait=10.0)
+    (completion,) = report.completions
+    assert completion.state == telemetry_pb2.REQUEST_STATE_FINISHED
+    assert completion.complete
+    assert completion.steering_digest == report.asked_steering_digest != ""
+    seen = completion.num_observed_tokens - completion.num_prompt_tokens
+    assert 3 <= seen < 149
 
 
 def test_a_key_that_looks_like_ours_but_is_not_is_refused(http):

@@ -268,6 +268,7 @@ class Readout:
             digest=self._applied(stamp) if stamp and stamp.policy else "",
             interventions=canonical_json(stamp.current) if stamp and stamp.policy else b"",
             cached=self._cached(req_id, first_position),
+            num_external=self._num_external(req_id, first_position),
         )
 
     def _applied(self, stamp: Stamp) -> str:
@@ -283,6 +284,13 @@ class Readout:
         if not known.any():
             return None
         return CachedActivations(known.tobytes(), self._activations(sites))
+
+    def _num_external(self, req_id: str, num_positions: int) -> int:
+        if self._kept is None or not num_positions:
+            return 0
+        return self._kept.num_foreign(
+            self._roster.leading_slots(req_id, num_positions, self._block_size)
+        )
 
     def _activations(self, sites: Sequence[SiteValues]) -> tuple[SiteActivations, ...]:
         """Of every site, or, in a step without tokens, of none."""

@@ -15,6 +15,8 @@ import numpy as np
 from steerscope.engine.plan import IntArray, RequestInfo, StepLayout, positions
 from steerscope.steering.stamp import Stamp
 
+NOTHING = (0, 0)
+
 
 class Arrival(NamedTuple):
     """A request that the scheduler sends whole: new, or back after it was preempted."""
@@ -22,6 +24,8 @@ class Arrival(NamedTuple):
     req_id: str
     info: RequestInfo
     block_ids: Sequence[int]
+    external: tuple[int, int] = NOTHING
+    """Positions whose KV came from elsewhere than a step of this engine."""
 
 
 class MoreBlocks(NamedTuple):
@@ -30,6 +34,7 @@ class MoreBlocks(NamedTuple):
     req_id: str
     block_ids: Sequence[int]
     anew: bool
+    external: tuple[int, int] = NOTHING
 
 
 @dataclass(slots=True)
@@ -65,7 +70,7 @@ class Roster:
 
     def arrive(self, arrivals: Iterable[Arrival]) -> None:
         """Take requests in, or anew."""
-        for req_id, info, block_ids in arrivals:
+        for req_id, info, block_ids, _ in arrivals:
             known = self._members.get(req_id)
             row = known.row if known else self._row()
             self._members[req_id] = _Member(info, row, 0)
@@ -73,7 +78,7 @@ class Roster:
 
     def extend(self, blocks: Iterable[MoreBlocks]) -> None:
         """Note blocks that known requests got."""
-        for req_id, block_ids, anew in blocks:
+        for req_id, block_ids, anew, _ in blocks:
             member = self._members[req_id]
             if anew:
                 member.num_blocks = 0

@@ -23,7 +23,7 @@ from steerscope.engine import ops, wiring
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, StepLayout, positions
 from steerscope.engine.readout import FrameSender, Readout, Source
-from steerscope.engine.roster import Arrival, MoreBlocks, Roster
+from steerscope.engine.roster import NOTHING, Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
 from steerscope.engine.scheduling import StepNote
 from steerscope.engine.slots import KvGeometry, SlotCache
@@ -140,7 +140,7 @@ class EngineRuntime:
         for req_id, payload in note.stamps.items():
             self._restamp(req_id, stamps.decode(payload))
         if self._kept is not None and self._geometry is not None:
-            self._kept.forget_blocks(news.foreign_blocks, self._geometry.block_size)
+            self._void(self._kept, news, self._geometry.block_size)
         if self._readout is not None:
             self._readout.charge(time.perf_counter_ns() - began)
 
@@ -186,6 +186,17 @@ class EngineRuntime:
             readout.emit(layout, self._rows_T)
         elif readout.has_news:
             readout.flush()
+
+    def _void(self, kept: SlotCache, news: StepNews, block_size: int) -> None:
+        """Forget what is kept of KV that no step of ours wrote."""
+        kept.forget_blocks(news.foreign_blocks, block_size)
+        for req_id, external in (
+            *((a.req_id, a.external) for a in news.arrivals),
+            *((m.req_id, m.external) for m in news.more_blocks),
+        ):
+            if external != NOTHING:
+                slots = self.roster.leading_slots(req_id, external[1], block_size)
+                kept.mark_foreign(slots[external[0] :])
 
     def _restamp(self, req_id: str, stamp: Stamp) -> None:
         self.roster.restamp(req_id, stamp)

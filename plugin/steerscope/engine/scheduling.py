@@ -22,6 +22,8 @@ class StepNote(NamedTuple):
     """Speculative decoding: requests of the last step, each with the end of what was accepted."""
     stamps: dict[str, bytes]
     """Requests whose steering changes from this step on, each with its new stamp."""
+    external: dict[str, tuple[int, int]]
+    """Requests new in this step, each with the positions whose KV came from elsewhere."""
 
 
 class Running(Protocol):
@@ -77,7 +79,7 @@ class SchedulerSide:
             if req_id in requests
         }
         ended, self._ended = self._ended, {}
-        return StepNote(ended, computed, self._change(requests, restamp))
+        return StepNote(ended, computed, self._change(requests, restamp), {})
 
     def after_step(self, scheduled: Mapping[str, int]) -> None:
         """Remember who is in the step."""

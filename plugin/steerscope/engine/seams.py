@@ -15,7 +15,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,7 @@ from torch import nn
 from steerscope.catalog.fingerprint import ServedModel
 from steerscope.engine import wiring
 from steerscope.engine.plan import RequestInfo, StepLayout
-from steerscope.engine.roster import Arrival, MoreBlocks
+from steerscope.engine.roster import NOTHING, Arrival, MoreBlocks
 from steerscope.engine.runtime import Capacity, EngineRuntime, StepNews
 from steerscope.engine.scheduling import SchedulerSide, StepNote
 from steerscope.engine.slots import KvGeometry
@@ -203,11 +203,10 @@ def check_engine(vllm_config: Any) -> None:
     refused = {
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
-        "--enable-dbo": parallel.enable_dbo,
+        "--enable-dbo": getattr(parallel, "use_ubatching", parallel.enable_dbo),
         "--distributed-executor-backend": parallel.distributed_executor_backend
         not in (None, "mp", "uni"),
         "--scheduler-cls": scheduler.scheduler_cls is not None,
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
         "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "--runner pooling": vllm_config.model_config.runner_type != "generate",
         "VLLM_USE_RUST_FRONTEND": bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False)),
@@ -226,6 +225,11 @@ def check_engine(vllm_config: Any) -> None:
     for flag, is_on in refused.items():
         if is_on:
             raise UnsupportedEngineError(f"steerscope does not support {flag} yet")
+
+
+def has_external_kv(vllm_config: Any) -> bool:
+    """Whether KV may come from elsewhere, and go there: not keyed by steering, as ours is."""
+    return vllm_config.kv_transfer_config is not None
 
 
 def is_speculative(vllm_config: Any) -> bool:
@@ -285,11 +289,21 @@ def _news(scheduler_output: Any, geometry: KvGeometry | None) -> StepNews:
     return StepNews(
         ended=tuple(scheduler_output.finished_req_ids),
         arrivals=[
-            Arrival(new.req_id, _request_info(new), _blocks(new.block_ids, geometry))
+            Arrival(
+                new.req_id,
+                _request_info(new),
+                _blocks(new.block_ids, geometry),
+                note.external.get(new.req_id, NOTHING),
+            )
             for new in scheduler_output.scheduled_new_reqs
         ],
         more_blocks=[
-            MoreBlocks(req_id, _blocks(blocks, geometry), req_id in cached.resumed_req_ids)
+            MoreBlocks(
+                req_id,
+                _blocks(blocks, geometry),
+                req_id in cached.resumed_req_ids,
+                note.external.get(req_id, NOTHING),
+            )
             for req_id, blocks in more
             if blocks is not None
         ],
@@ -423,8 +437,23 @@ def _schedule(
     note = side.before_step(self.requests, functools.partial(_restamp, self))
     scheduler_output = original(self, *args, **kwargs)
     side.after_step(scheduler_output.num_scheduled_tokens)
+    if self.connector is not None:
+        note.external.update(_external(self, scheduler_output))
     setattr(scheduler_output, _ATTRIBUTE, note)
     return scheduler_output
+
+
+def _external(scheduler: Any, scheduler_output: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Positions whose KV a connector brought, of each request new in this step."""
+    for new in scheduler_output.scheduled_new_reqs:
+        stats = scheduler.requests[new.req_id].prefill_stats
+        # Without the statistics: all that it did not compute.
+        count = stats.num_external_cached_tokens if stats else new.num_computed_tokens
+        yield new.req_id, (new.num_computed_tokens - count, new.num_computed_tokens)
+    cached = scheduler_output.scheduled_cached_reqs
+    for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        if req_id in cached.resumed_req_ids:
+            yield req_id, (0, computed)
 
 
 def _freed(
@@ -694,6 +723,12 @@ READS = (
     ),
     Read(_SCHEDULER, "Scheduler.requests", "by the engine's own id, until freed"),
     Read(_SCHEDULER, "Scheduler.vllm_config", "the engine's"),
+    Read(_SCHEDULER, "Scheduler.connector", "brings KV from elsewhere, or None"),
+    Read(
+        _REQUEST,
+        "Request.prefill_stats",
+        "num_external_cached_tokens: how many of the tokens it did not compute were brought",
+    ),
     Read(_SCHEDULER, "Scheduler.kv_cache_config", "hash_block_size: tokens to a block's hash"),
     Read(_KV, "FullAttentionSpec", "its groups keep every block of a running request"),
     Read(_KV, "KVCacheConfig.num_blocks", "block ids are below it"),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-_UNKNOWN, _SEEN, _EDITED = 0, 1, 2
+_UNKNOWN, _FOREIGN, _SEEN, _EDITED = range(4)
 
 
 class SiteValues(NamedTuple):
@@ -72,13 +72,17 @@ class SlotCache:
                 self._doses[s][at] = site.doses[kept]
         self._mark_edited(at, [site.doses[kept] for site in sites if site.doses is not None])
 
+    def num_foreign(self, slots: IntArray) -> int:
+        """How many of the slots hold KV that came from elsewhere."""
+        return int((self._state[slots[slots < self.num_slots]] == _FOREIGN).sum())
+
     def read(self, slots: IntArray) -> tuple[npt.NDArray[np.bool_], list[SiteValues]]:
         """Which slots are known [T], and their values (undefined at the others)."""
         inside = slots < self.num_slots
         at = np.where(inside, slots, 0)
         state = np.where(inside, self._state[at], _UNKNOWN) if self.num_slots else 0 * slots
         if not self.num_slots:
-            return state > 0, []
+            return state >= _SEEN, []
         edited = (state == _EDITED)[:, None]
         any_edited = bool(edited.any())
         sites = [
@@ -95,6 +99,10 @@ class SlotCache:
         """These blocks were filled by something else than a step of ours."""
         for block in block_ids:
             self._state[block * block_size : (block + 1) * block_size] = _UNKNOWN
+
+    def mark_foreign(self, slots: IntArray) -> None:
+        """The KV of these slots came from elsewhere: whatever was read of them is void."""
+        self._state[slots[slots < self.num_slots]] = _FOREIGN
 
     def _mark_edited(self, at: IntArray, doses: list[FloatArray]) -> None:
         if doses:

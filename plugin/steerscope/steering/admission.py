@@ -57,6 +57,7 @@ class Admission:
         catalog: the catalog being served.
         settings: limits per request.
         policies: called per request for the current snapshot, name to policy.
+        refused: why nothing may be steered in this engine; empty where it may.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class Admission:
         catalog: Catalog,
         settings: SteeringSettings,
         policies: Callable[[], Mapping[str, Policy]],
+        refused: str = "",
     ) -> None:
         self._catalog = catalog
         self._settings = settings
         self._policies = policies
+        self._refused = refused
 
     def resolve(self, extra_args: Mapping[str, Any] | None) -> Asked | None:
         """Read the steering flag; None when there is none. Raises ``SpecError``."""
@@ -79,6 +82,8 @@ class Admission:
                 raise SpecError(key, f"not a key of ours; steering goes under {STEERING_KEY!r}")
         if STEERING_KEY not in extra_args:
             return None
+        if self._refused:
+            raise SpecError(STEERING_KEY, self._refused)
         try:
             return self._resolve(extra_args[STEERING_KEY])
         except SpecError as error:

@@ -16,9 +16,11 @@ from steerscope.steering.stamp import encode
 class FrontEnd:
     """Admits requests, and tells the hub which were steered and which refused."""
 
-    def __init__(self, catalog: Catalog, settings: Settings, link: FrontendLink) -> None:
+    def __init__(
+        self, catalog: Catalog, settings: Settings, link: FrontendLink, refused: str = ""
+    ) -> None:
         self._link = link
-        self._admission = Admission(catalog, settings.steering, lambda: link.policies)
+        self._admission = Admission(catalog, settings.steering, lambda: link.policies, refused)
 
     def resolve(self, external_id: str, extra_args: Mapping[str, Any] | None) -> Asked | None:
         """The steering asked for, or None. A refusal is counted, then raised."""

@@ -62,6 +62,8 @@ class RequestStart(msgspec.Struct, frozen=True, array_like=True):
     interventions: bytes
     """Canonical JSON of the interventions, or empty."""
     cached: CachedActivations | None = None
+    num_external: int = 0
+    """How many of the tokens before ``first_position`` have KV from another engine or store."""
 
 
 class RequestEnd(msgspec.Struct, frozen=True, array_like=True):
@@ -139,6 +141,8 @@ def decode(payload: bytes) -> Frame:
 def _check_start(start: RequestStart) -> None:
     if not 0 <= start.first_position < MAX_POSITION:
         raise msgspec.ValidationError("started: first_position is out of range")
+    if not 0 <= start.num_external <= start.first_position:
+        raise msgspec.ValidationError("started: num_external is out of range")
     if start.cached is not None:
         if len(start.cached.known) != start.first_position:
             raise msgspec.ValidationError("started: cached is not [P]")

@@ -133,7 +133,9 @@ class RequestLedger:
         self._by_external_id.setdefault(start.external_id, []).append(track)
         step.started.append(track)
         num_known = sum(start.cached.known) if start.cached else 0
-        step.unobserved[Unobserved.PREFIX_CACHE] += start.first_position - num_known
+        step.unobserved[Unobserved.EXTERNAL_KV] += start.num_external
+        rest = start.first_position - num_known - start.num_external
+        step.unobserved[Unobserved.PREFIX_CACHE] += max(rest, 0)
 
     def _take_cached(self, step: Step, start: RequestStart, blocks: Iterable[Block]) -> None:
         """Tokens whose KV was reused: seen when an earlier request computed them."""

@@ -30,6 +30,7 @@ class Unobserved(enum.StrEnum):
     """Why there is no activation for a token."""
 
     PREFIX_CACHE = "prefix_cache"
+    EXTERNAL_KV = "external_kv"
     DROPPED_FRAME = "dropped_frame"
     UNKNOWN_REQUEST = "unknown_request"
     CATALOG_MISMATCH = "catalog_mismatch"
@@ -134,8 +135,11 @@ class RequestTrack:
         seen = self._seen_everywhere()
         cached = min(self.start.first_position, self.end)
         holes = int((~seen[cached:]).sum()) - len(self._not_finite)
+        reused = int((~seen[:cached]).sum())
+        external = min(self.start.num_external, reused)
         counts = {
-            Unobserved.PREFIX_CACHE: int((~seen[:cached]).sum()),
+            Unobserved.PREFIX_CACHE: reused - external,
+            Unobserved.EXTERNAL_KV: external,
             Unobserved.DROPPED_FRAME: max(holes, 0),
             Unobserved.OVER_LIMIT: int(seen[self._limit :].sum()),
             Unobserved.NOT_FINITE: len(self._not_finite),

@@ -61,6 +61,8 @@ class _UnobservedReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrappe
     """
     UNOBSERVED_REASON_NOT_FINITE: _UnobservedReason.ValueType  # 4
     """An activation was NaN or infinite."""
+    UNOBSERVED_REASON_EXTERNAL_KV: _UnobservedReason.ValueType  # 5
+    """The token's KV was brought by a KV connector, from another engine or a store."""
 
 class UnobservedReason(_UnobservedReason, metaclass=_UnobservedReasonEnumTypeWrapper):
     """UnobservedReason is why there is no activation for a token."""
@@ -78,6 +80,8 @@ the limit of the report, so that its activations were not kept.
 """
 UNOBSERVED_REASON_NOT_FINITE: UnobservedReason.ValueType  # 4
 """An activation was NaN or infinite."""
+UNOBSERVED_REASON_EXTERNAL_KV: UnobservedReason.ValueType  # 5
+"""The token's KV was brought by a KV connector, from another engine or a store."""
 global___UnobservedReason = UnobservedReason
 
 @typing.final
