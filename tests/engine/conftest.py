@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import oracle
 import pytest
 from engine_process import EngineProcess
 from hf_reference import Reference
+from oracle import Solo, World
 
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "enable_prefix_caching": True}
 """Small limits: prompts are chunked, requests queue, batches mix prefill and decode."""
@@ -31,3 +33,17 @@ def plain_engine(tiny_world, tmp_path_factory) -> Iterator[EngineProcess]:
 @pytest.fixture(scope="session")
 def reference(tiny_world) -> Reference:
     return Reference(tiny_world.model, tiny_world.catalog)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A miniature with features at all six sites."""
+    return oracle.world(tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.fixture(scope="session")
+def solo(world: World) -> Iterator[Solo]:
+    """Runs its requests alone."""
+    made = Solo(world)
+    yield made
+    made.engine.stop()

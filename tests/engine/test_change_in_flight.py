@@ -9,25 +9,13 @@ import miniatures
 import oracle
 import pytest
 import tiny
-from oracle import Engine, Solo, World
+from oracle import Engine, World
 
 pytestmark = pytest.mark.engine
 
 FOREVER = 100_000
 BLOCK_SIZE = 32
 MAX_TOKENS = 90
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return oracle.world(tmp_path_factory.mktemp("change"))
-
-
-@pytest.fixture(scope="module")
-def solo(world: World) -> Iterator[Solo]:
-    made = Solo(world)
-    yield made
-    made.engine.stop()
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,9 @@ import oracle
 import pytest
 import suites
 import tiny
-from oracle import Solo, World
+from oracle import World
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return oracle.world(tmp_path_factory.mktemp("oracle"))
-
-
-@pytest.fixture(scope="module")
-def solo(world: World) -> Iterator[Solo]:
-    made = Solo(world)
-    yield made
-    made.engine.stop()
 
 
 @pytest.mark.parametrize(

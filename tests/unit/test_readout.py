@@ -42,7 +42,7 @@ def wire():
 @pytest.fixture
 def readout(site, wire):
     source = Source("digest", "model", "0", 0)
-    return Readout(source, [site[0]], wire, Roster(4, 4))
+    return Readout(source, [site[0]], wire, Roster())
 
 
 def layout(*members):

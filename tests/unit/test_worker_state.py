@@ -27,14 +27,14 @@ def layout(*members):
 
 class TestRoster:
     def test_slots_follow_the_blocks_of_each_request(self):
-        roster = Roster(2, 4)
+        roster = Roster()
         roster.arrive([Arrival("a", INFO, [7, 3]), Arrival("b", INFO, [5])])
         slots = roster.slots(layout(("b", 1, 2), ("a", 3, 3)), block_size=4)
         assert slots.tolist() == [21, 22, 31, 12, 13]
         assert roster.leading_slots("a", 6, 4).tolist() == [28, 29, 30, 31, 12, 13]
 
     def test_blocks_are_appended_or_replaced(self):
-        roster = Roster(1, 1)
+        roster = Roster()
         roster.arrive([Arrival("a", INFO, [7])])
         roster.extend([MoreBlocks("a", [2, 9], anew=False)])
         assert roster.leading_slots("a", 6, 2).tolist() == [14, 15, 4, 5, 18, 19]
@@ -42,14 +42,14 @@ class TestRoster:
         assert roster.leading_slots("a", 2, 2).tolist() == [2, 3]
 
     def test_a_request_sent_whole_again_keeps_nothing_of_before(self):
-        roster = Roster(1, 4)
+        roster = Roster()
         roster.arrive([Arrival("a", INFO, [7, 8])])
         roster.arrive([Arrival("a", RequestInfo(Stamp("x"), 9), [4])])
         assert roster.info("a").num_prompt_tokens == 9
         assert roster.leading_slots("a", 1, 4).tolist() == [16]
 
     def test_it_grows_and_forgets(self):
-        roster = Roster(1, 1)
+        roster = Roster()
         for i in range(50):
             roster.arrive([Arrival(f"r{i}", INFO, list(range(i)))])
         assert roster.leading_slots("r49", 49, 1).tolist() == list(range(49))

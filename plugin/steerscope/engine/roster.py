@@ -45,18 +45,12 @@ class _Member:
 
 
 class Roster:
-    """Requests by internal id, with a row of the block table each.
+    """Requests by internal id, with a row of the block table each, which grows as needed."""
 
-    Args:
-        max_num_seqs: rows to begin with; more are made when more requests are held
-            (preempted ones keep theirs).
-        max_blocks: B.
-    """
-
-    def __init__(self, max_num_seqs: int, max_blocks: int) -> None:
+    def __init__(self) -> None:
         self._members: dict[str, _Member] = {}
-        self._blocks_RB = np.zeros((max_num_seqs, max_blocks), np.int32)
-        self._free = list(range(max_num_seqs))
+        self._blocks_RB = np.zeros((1, 1), np.int32)
+        self._free = [0]
 
     def __len__(self) -> int:
         return len(self._members)
@@ -122,6 +116,6 @@ class Roster:
     def _row(self) -> int:
         if not self._free:
             num_rows = len(self._blocks_RB)
-            self._blocks_RB = np.pad(self._blocks_RB, ((0, max(num_rows, 1)), (0, 0)))
+            self._blocks_RB = np.pad(self._blocks_RB, ((0, num_rows), (0, 0)))
             self._free.extend(range(num_rows, len(self._blocks_RB)))
         return self._free.pop()

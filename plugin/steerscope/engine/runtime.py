@@ -40,7 +40,6 @@ class Capacity:
     max_num_tokens: int
     max_num_seqs: int
     max_rows_per_request: int
-    max_model_len: int
     max_cache_bytes: int
     """Host memory for activations kept beside the KV cache; 0 keeps none."""
 
@@ -94,7 +93,7 @@ class EngineRuntime:
         ]
         for tap in self._sites:
             _attach(layers[tap.key.layer], tap, f"{tap.key}@{instance}")
-        self.roster = Roster(capacity.max_num_seqs, capacity.max_model_len // 16 + 1)
+        self.roster = Roster()
         self._plan = BatchPlan(RowTable(num_rows), self.roster.info, self._write_row)
         # A pipeline stage without a site has nothing to tell either.
         self._readout = (
