@@ -1,13 +1,16 @@
 import math
 
 import grpc
+import msgspec
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from steerscope.api.v1 import steering_pb2 as pb
 from steerscope.api.v1 import steering_pb2_grpc
 from steerscope.client import Client
+from steerscope.config import SteeringSettings
 from steerscope.errors import HubError, SpecError
+from steerscope.hub import launcher
 from steerscope.hub.link import FrontendLink
 from steerscope.steering.interventions import Intervention, Phase, When
 
@@ -73,6 +76,19 @@ def test_a_dose_that_is_none_is_refused_by_field(client, dose):
         client.create_policy("dosed", [CLAMP], max_dose=dose)
     assert caught.value.field == "policy.max_dose"
     assert "dosed" not in [policy.name for policy in client.list_policies()]
+
+
+def test_a_dose_over_the_operators_cap_is_refused_by_field(settings):
+    capped = msgspec.structs.replace(settings, steering=SteeringSettings(max_dose=0.5))
+    hub = launcher.start_hub(capped)
+    try:
+        with Client(f"127.0.0.1:{hub.grpc_port}") as client:
+            assert client.create_policy("within", [CLAMP], max_dose=0.5).max_dose == 0.5
+            with pytest.raises(SpecError, match=r"0\.6 is over the cap of 0\.5") as caught:
+                client.create_policy("beyond", [CLAMP], max_dose=0.6)
+            assert caught.value.field == "policy.max_dose"
+    finally:
+        hub.stop()
 
 
 @pytest.mark.parametrize("op", ["clamp", "ablate", "at_least", "at_most", "scale", "add"])
