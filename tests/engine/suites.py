@@ -37,7 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "tensor parallel 2": {"tensor_parallel_size": 2, "environment": TWO_WORKERS},
     "pipeline parallel 2": {"pipeline_parallel_size": 2, "environment": TWO_WORKERS},
     "speculative decoding (ngram)": NGRAM,
-    "v2 eager": {"enforce_eager": True, "environment": V2},
+    # Interpreted kernels are slow, so it is asked for less, and has fewer blocks to do it with.
+    "v2 eager": {"enforce_eager": True, "environment": V2, "num_gpu_blocks_override": 12},
 }
 
 
@@ -45,7 +46,7 @@ def crowd(world: World, solo: Solo, mode: str, count: int, **kwargs: Any) -> Lin
     """The oracle on ``count`` random requests in one engine mode."""
     # A top_k breaks vLLM's rejection sampler on a CPU, and its kernel in Triton's interpreter.
     samples = MODES[mode] != NGRAM and "v2" not in mode
-    engine = Engine(world, _slug(mode), **LIMITS, **MODES[mode])
+    engine = Engine(world, _slug(mode), **{**LIMITS, **MODES[mode]})
     try:
         requests = oracle.requests(world, count, samples=samples, **kwargs)
         verdict = oracle.judge(engine, solo, requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,6 +33,8 @@ SETTINGS: Final[Mapping[str, str]] = {
 }
 """Environment of the demo server: a small KV cache, no phoning home."""
 
+OWN_PORTS = (10_000, 32_000)
+"""Below the range that Linux takes its own picks from."""
 START_TIMEOUT_SECONDS: Final = 300.0
 STOP_TIMEOUT_SECONDS: Final = 30.0
 FOLLOW_TIMEOUT_SECONDS: Final = 5.0
@@ -123,12 +126,18 @@ def running(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody listens on, of those that the system gives to nobody by itself.
+
+    They are used only later, so none may be picked that an outgoing connection, or another
+    process asking the system for any port, is likely to get meanwhile.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(*OWN_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
 
 
 def _write_config(path: Path, grpc_port: int, metrics_port: int) -> Path:
