@@ -21,7 +21,7 @@ serve: setup ## the demo server in the foreground: vLLM on 8000, gRPC on 50051, 
 test: setup ## all tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-oracle: setup ## every exactness suite in full, one JSON line each (about 20 minutes)
+oracle: setup ## every exactness suite in full, one JSON line each (about 20 minutes on two cores)
 	@$(BIN)/python tests/engine/suites.py $(SUITES)
 
 test-matrix: setup ## the seams and parity on several releases of vLLM
