@@ -52,6 +52,10 @@ def test_a_planted_bug_is_noticed(world, solo, name):
     assert line["passed"], line
 
 
+def test_where_no_bug_is_planted_the_same_requests_show_nothing(world, solo):
+    assert suites.mutation(world, solo, "")["noticed"] == {}
+
+
 @pytest.fixture(scope="module")
 def eager(world: World) -> Iterator[oracle.Engine]:
     """Few rows for steering, and more interventions in rotation than it has."""
