@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import oracle
@@ -39,6 +40,13 @@ def reference(tiny_world) -> Reference:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A miniature with features at all six sites."""
     return oracle.world(tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.fixture(scope="session")
+def triton() -> None:
+    """Needed by the V2 runner; vLLM brings it on x86-64 Linux only."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: vLLM brings it on x86-64 Linux only")
 
 
 @pytest.fixture(scope="session")

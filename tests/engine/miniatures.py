@@ -18,7 +18,7 @@ import yaml
 from hf_reference import SITES, at_site
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny import D_MODEL, LAYERS, NUM_LAYERS, VOCAB_SIZE, prompts
+from tiny import D_MODEL, LAYERS, NUM_LAYERS, SHAPE, VOCAB_SIZE, prompts
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -42,20 +42,7 @@ GEMMA3_ADDED = ("post_attention_layernorm.weight", "post_feedforward_layernorm.w
 ACTIVE_SHARE = 0.45
 """On how many tokens a latent is active."""
 
-COMMON = {
-    "hidden_size": D_MODEL,
-    "intermediate_size": 160,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
+COMMON = {**SHAPE, "pad_token_id": None}
 
 
 def _llama() -> PreTrainedConfig:

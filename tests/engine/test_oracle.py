@@ -34,6 +34,7 @@ def test_a_crowd_gets_what_each_gets_alone(world, solo, mode, count, least_token
     assert verdict["aborted"] > 0
 
 
+@pytest.mark.usefixtures("triton")
 def test_a_crowd_gets_what_each_gets_alone_on_the_v2_runner(world, solo):
     verdict = suites.crowd(world, solo, "v2 eager", 30, max_tokens=24)
     assert verdict["passed"], verdict

@@ -34,6 +34,7 @@ def test_tokens_activations_and_receipts_equal_plain_transformers(architecture, 
     assert result["activations"] > 35_000
 
 
+@pytest.mark.usefixtures("triton")
 def test_tokens_activations_and_receipts_equal_plain_transformers_under_the_v2_runner(tmp_path):
     result = parity.check(
         "llama",

@@ -19,23 +19,26 @@ VOCAB_SIZE = 512
 LAYERS = (1, 2)
 
 
+SHAPE = {
+    "hidden_size": D_MODEL,
+    "intermediate_size": 160,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""Of every tiny model: wide weights, so that greedy output varies with its input."""
+
+
 def write_model(folder: Path, seed: int = 0) -> Path:
     """A Llama of 4 layers and width 128 whose greedy output varies with its input."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=D_MODEL,
-        intermediate_size=160,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     model.save_pretrained(folder)
     return folder
 

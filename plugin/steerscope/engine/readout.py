@@ -259,6 +259,8 @@ class Readout:
     def _request_start(self, req_id: str, first_position: int) -> RequestStart:
         info = self._roster.info(req_id)
         stamp = info.stamp
+        kept = first_position if self._kept else 0
+        reused = self._roster.leading_slots(req_id, kept, self._block_size)
         return RequestStart(
             request_id=req_id,
             external_id=stamp.external_id if stamp else req_id,
@@ -267,30 +269,22 @@ class Readout:
             policy=stamp.policy if stamp else "",
             digest=self._applied(stamp) if stamp and stamp.policy else "",
             interventions=canonical_json(stamp.current) if stamp and stamp.policy else b"",
-            cached=self._cached(req_id, first_position),
-            num_external=self._num_external(req_id, first_position),
+            cached=self._cached(reused),
+            num_external=self._kept.num_foreign(reused) if self._kept else 0,
         )
 
     def _applied(self, stamp: Stamp) -> str:
         """The digest of what this worker does, made from that and not copied from the stamp."""
         return steering_digest(self._source.catalog_digest, stamp.current, stamp.max_dose)
 
-    def _cached(self, req_id: str, num_positions: int) -> CachedActivations | None:
-        """What is kept of the tokens whose KV the request found in the prefix cache."""
-        if self._kept is None or not num_positions:
+    def _cached(self, slots: IntArray) -> CachedActivations | None:
+        """What is kept of tokens whose KV the request found in the prefix cache."""
+        if self._kept is None or not slots.size:
             return None
-        slots = self._roster.leading_slots(req_id, num_positions, self._block_size)
         known, sites = self._kept.read(slots)
         if not known.any():
             return None
         return CachedActivations(known.tobytes(), self._activations(sites))
-
-    def _num_external(self, req_id: str, num_positions: int) -> int:
-        if self._kept is None or not num_positions:
-            return 0
-        return self._kept.num_foreign(
-            self._roster.leading_slots(req_id, num_positions, self._block_size)
-        )
 
     def _activations(self, sites: Sequence[SiteValues]) -> tuple[SiteActivations, ...]:
         """Of every site, or, in a step without tokens, of none."""

@@ -100,7 +100,6 @@ class EngineRuntime:
             Readout(source, self._sites, sender, self.roster) if sender and self._sites else None
         )
         self._canary = Canary(self._sites)
-        self._geometry: KvGeometry | None = None
         self._kept: SlotCache | None = None
         self.is_in_step = False
         """Between ``begin`` and ``finish``; what runs outside is no step of the scheduler's."""
@@ -113,16 +112,16 @@ class EngineRuntime:
         if self._readout is not None:
             self._readout.flush()
 
+    @functools.cached_property
     def kv_geometry(self) -> KvGeometry | None:
-        """The KV cache as it is laid out, once it is."""
-        if self._geometry is None:
-            self._geometry = self._ask_kv_geometry()
-            if self._geometry is not None and self._readout is not None:
-                widths = tuple(len(tap.features) for tap in self._sites)
-                num_slots = self._geometry.num_blocks * self._geometry.block_size
-                self._kept = SlotCache(widths, num_slots, self._capacity.max_cache_bytes)
-                self._readout.keep(self._kept, self._geometry.block_size)
-        return self._geometry
+        """The KV cache as it is laid out; asked for by the first step, when it is there."""
+        geometry = self._ask_kv_geometry()
+        if geometry is not None and self._readout is not None:
+            widths = tuple(len(tap.features) for tap in self._sites)
+            num_slots = geometry.num_blocks * geometry.block_size
+            self._kept = SlotCache(widths, num_slots, self._capacity.max_cache_bytes)
+            self._readout.keep(self._kept, geometry.block_size)
+        return geometry
 
     def begin(self, news: StepNews) -> None:
         """Follow the scheduler: who ended, who came, what changed. Before the batch is laid out."""
@@ -138,8 +137,8 @@ class EngineRuntime:
         self.roster.extend(news.more_blocks)
         for req_id, payload in note.stamps.items():
             self._restamp(req_id, stamps.decode(payload))
-        if self._kept is not None and self._geometry is not None:
-            self._void(self._kept, news, self._geometry.block_size)
+        if self._kept is not None and self.kv_geometry is not None:
+            self._void(self._kept, news, self.kv_geometry.block_size)
         if self._readout is not None:
             self._readout.charge(time.perf_counter_ns() - began)
 

@@ -317,11 +317,9 @@ def _blocks(block_ids: Any, geometry: KvGeometry | None) -> Any:
 
 def _request_info(new: Any) -> RequestInfo:
     payload = (getattr(new.sampling_params, "extra_args", None) or {}).get(stamp.STAMP_KEY)
-    if new.prompt_token_ids is not None:
-        num_prompt_tokens = len(new.prompt_token_ids)
-    else:
-        num_prompt_tokens = int(new.prompt_embeds.shape[0])
-    return RequestInfo(stamp.decode(payload) if payload is not None else None, num_prompt_tokens)
+    return RequestInfo(
+        stamp.decode(payload) if payload is not None else None, _num_prompt_tokens(new)
+    )
 
 
 def _launch(
@@ -374,6 +372,7 @@ def _admit(
 
 
 def _num_prompt_tokens(request: Any) -> int:
+    """Of an EngineCoreRequest or a NewRequestData, which name their prompts alike."""
     if request.prompt_token_ids is not None:
         return len(request.prompt_token_ids)
     return int(request.prompt_embeds.shape[0])
@@ -543,7 +542,7 @@ def _executed(
     runtime: EngineRuntime | None = getattr(self, _ATTRIBUTE, None)
     if runtime is None or not _is_scheduled(scheduler_output):
         return original(self, scheduler_output, *args, **kwargs)
-    runtime.begin(_news(scheduler_output, runtime.kv_geometry()))
+    runtime.begin(_news(scheduler_output, runtime.kv_geometry))
     try:
         result = original(self, scheduler_output, *args, **kwargs)
     except BaseException:

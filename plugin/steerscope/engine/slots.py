@@ -78,11 +78,11 @@ class SlotCache:
 
     def read(self, slots: IntArray) -> tuple[npt.NDArray[np.bool_], list[SiteValues]]:
         """Which slots are known [T], and their values (undefined at the others)."""
+        if not self.num_slots:
+            return np.zeros(len(slots), np.bool_), []
         inside = slots < self.num_slots
         at = np.where(inside, slots, 0)
-        state = np.where(inside, self._state[at], _UNKNOWN) if self.num_slots else 0 * slots
-        if not self.num_slots:
-            return state >= _SEEN, []
+        state = np.where(inside, self._state[at], _UNKNOWN)
         edited = (state == _EDITED)[:, None]
         any_edited = bool(edited.any())
         sites = [

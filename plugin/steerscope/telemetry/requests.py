@@ -104,8 +104,7 @@ class RequestLedger:
         for change in frame.changed:
             if (track := self._running.get((key, change.request_id))) is not None:
                 track.change(change)
-        shares = list(self._shares(step, frame, now))
-        step.blocks += [_add(block, shares, step) for block in blocks]
+        _take(step, blocks, list(self._shares(step, frame, now)), frame.query_start_loc[-1])
         self._finish(step, frame, (e for e in frame.finished if e.request_id in present), now)
         return step
 
@@ -146,7 +145,7 @@ class RequestLedger:
         edges = np.flatnonzero(np.diff(known, prepend=0, append=0)).tolist()
         runs = zip(edges[::2], edges[1::2], strict=True)
         shares = [Share(track, first, last, first) for first, last in runs]
-        step.blocks += [_add(block, shares, step, cached=True) for block in blocks]
+        _take(step, blocks, shares, start.first_position, cached=True)
 
     def _shares(self, step: Step, frame: Frame, now: float) -> Iterator[Share]:
         bounds = pairwise(frame.query_start_loc)
@@ -204,7 +203,18 @@ def _generated(shares: list[Share], num_tokens: int) -> BoolArray:
     return generated_T
 
 
-def _add(block: Block, shares: list[Share], step: Step, cached: bool = False) -> BlockNews:
+def _take(
+    step: Step, blocks: Iterable[Block], shares: list[Share], num_tokens: int, cached: bool = False
+) -> None:
+    """Add the blocks, all of the same tokens, to their tracks and to the step's news."""
+    generated_T = _generated(shares, num_tokens)
+    for block in blocks:
+        fresh_T, completed_T = _add(block, shares, step)
+        step.blocks.append(BlockNews(block, shares, generated_T, fresh_T, completed_T, cached))
+
+
+def _add(block: Block, shares: list[Share], step: Step) -> tuple[BoolArray, BoolArray]:
+    """Which of the block's tokens are fresh and which completed (bool [T])."""
     fresh_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
     completed_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
     for share in shares:
@@ -214,5 +224,4 @@ def _add(block: Block, shares: list[Share], step: Step, cached: bool = False) ->
         if block.finite_T is not None:
             num_bad = int((~block.finite_T[share.first : share.last]).sum())
             step.unobserved[Unobserved.NOT_FINITE] += num_bad
-    generated_T = _generated(shares, len(block.acts_TF))
-    return BlockNews(block, shares, generated_T, fresh_T, completed_T, cached)
+    return fresh_T, completed_T
