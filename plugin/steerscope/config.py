@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import msgspec
 import yaml
 
+from steerscope.catalog.model import ModelMatch
 from steerscope.errors import ConfigError, HubError
 from steerscope.steering.interventions import MAX_INTERVENTIONS, Policy
 
@@ -70,6 +71,10 @@ class Settings(_Settings, frozen=True):
     catalog: str
     catalog_digest: str | None = None
     """Pins the catalog: another one in the folder is refused. The launcher fills it in."""
+    allow_fine_tune: bool = False
+    """Serve a model of the catalog's geometry whose weights or tokenizer differ, and say so."""
+    model_match: ModelMatch = ModelMatch.EXACT
+    """How the served model compares with the catalog's. The launcher fills it in."""
     policies: tuple[Policy, ...] = ()
     hub: HubSettings = HubSettings()
     steering: SteeringSettings = SteeringSettings()
@@ -122,6 +127,11 @@ def pinned(settings: Settings, digest: str) -> Settings:
     return msgspec.structs.replace(settings, catalog_digest=digest)
 
 
+def matched(settings: Settings, match: ModelMatch) -> Settings:
+    """The settings, with what the launcher found the model to be."""
+    return msgspec.structs.replace(settings, model_match=match)
+
+
 def is_configured(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process, or the launcher it descends from, was given settings."""
     return bool(environ.get(CONFIG_ENV) or environ.get(HUB_ENDPOINT_ENV))
@@ -143,3 +153,8 @@ def require_hub_endpoint() -> str:
 def publish_hub_endpoint(folder: str) -> None:
     """Tell the processes this one will start where the hub listens."""
     os.environ[HUB_ENDPOINT_ENV] = folder
+
+
+def withdraw_hub_endpoint() -> None:
+    """The hub is gone; processes started from now on get one of their own."""
+    os.environ.pop(HUB_ENDPOINT_ENV, None)

@@ -8,7 +8,9 @@
     │   ├── UnknownFeatureError
     │   └── UnknownPolicyError
     ├── UnsupportedEngineError   vLLM runs in a mode we cannot serve exactly
-    └── HubError                 the hub could not be started or reached
+    ├── HubError                 the hub could not be started or reached
+    └── LabError                 an experiment cannot be run as asked
+        └── CaseError            a file of cases is malformed, or does not fit the question
 
 ``SpecError`` is also a ``ValueError``, for those who call us without vLLM; at the seam it becomes
 vLLM's own validation error, which is HTTP 400.
@@ -66,3 +68,11 @@ class UnsupportedEngineError(SteerscopeError):
 
 class HubError(SteerscopeError):
     """The hub could not be started or reached."""
+
+
+class LabError(SteerscopeError):
+    """An experiment cannot be run as asked."""
+
+
+class CaseError(LabError):
+    """A file of cases is malformed, or does not fit the question."""

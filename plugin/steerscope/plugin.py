@@ -13,6 +13,7 @@ nothing of vLLM is patched.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from steerscope.hub.launcher import RunningHub
     from steerscope.steering.frontend import FrontEnd
 
+_log = logging.getLogger(__name__)
 _instances = 0
 _hub: RunningHub | None = None
 
@@ -60,7 +62,17 @@ def launched(vllm_config: Any) -> None:
     assert settings is not None
     seams.check_version()
     seams.check_engine(vllm_config)
-    fingerprint.check(load_catalog(settings).document.model, seams.served_model(vllm_config))
+    found = fingerprint.check(
+        load_catalog(settings).document.model,
+        seams.served_model(vllm_config),
+        settings.allow_fine_tune,
+    )
+    if found.differences:
+        _log.warning("served as a fine-tune of the catalog's model: %s", found.differences)
+    if found.unchecked:
+        _log.warning("not compared, the model is not on local disk: %s", found.unchecked)
+    settings = config.matched(settings, found.match)
+    vllm_config.additional_config[config.ADDITIONAL_CONFIG_KEY] = config.to_tree(settings)
     _ensure_hub(settings)
 
 

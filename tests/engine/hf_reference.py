@@ -97,6 +97,7 @@ class _Request:
     interventions: Sequence[dict[str, Any]]
     max_dose: float | None
     acts: dict[str, list[float]]
+    edges: dict[str, list[float]]
     start: int = 0
     """Position of the first token of the forward that runs."""
     crossing: dict[int, Tensor] = field(default_factory=dict)
@@ -116,7 +117,10 @@ class Reference:
         self.tensors = load_file(catalog / "features.safetensors")
         document = yaml.safe_load((catalog / "catalog.yaml").read_text())
         self.features = {f["name"]: f for f in document["features"]}
+        self.k = {d["name"]: d["k"] for d in document.get("dictionaries", ())}
         self.acts: dict[str, list[float]] = {}
+        self.edges: dict[str, list[float]] = {}
+        """Of the last ``generate``: where each feature that jumps does so, at every token."""
 
     @torch.no_grad()
     def generate(
@@ -133,7 +137,7 @@ class Reference:
         by token; ``x`` is what the written tensor held just before that write.
         """
         tokens, fed, cache = list(prompt), list(prompt), None
-        request = _Request(len(prompt), interventions, max_dose, {n: [] for n in self.features})
+        request = _Request(len(prompt), interventions, max_dose, self._empty(), self._empty())
         with self._hooked(request):
             for _ in range(max_tokens):
                 output = self.model(torch.tensor([fed]), past_key_values=cache, use_cache=use_cache)
@@ -142,10 +146,13 @@ class Reference:
                     request.start += len(fed)
                     fed, cache = tokens[-1:], output.past_key_values
                 elif len(tokens) < len(prompt) + max_tokens:
-                    request.acts = {name: [] for name in self.features}
+                    request.acts, request.edges = self._empty(), self._empty()
                     fed = list(tokens)
-        self.acts = request.acts
+        self.acts, self.edges = request.acts, request.edges
         return tokens[len(prompt) :], {name: list(values) for name, values in self.acts.items()}
+
+    def _empty(self) -> dict[str, list[float]]:
+        return {name: [] for name in self.features}
 
     def activation(self, name: str, x: Tensor) -> float:
         """One feature at one token, ``x`` [D]."""
@@ -153,6 +160,11 @@ class Reference:
 
     def activations(self, name: str, x_TD: Tensor) -> Tensor:
         """One feature at every token [T]."""
+        if self.features[name]["activation"] == "topk":
+            top = self._top(name, x_TD)
+            acts_TK = torch.zeros(len(x_TD), self.tensors[f"{self._owner(name)}.b_enc"].numel())
+            acts_TK.scatter_(-1, top.indices, top.values.relu())
+            return acts_TK[:, self.features[name]["latent"]]
         pre = x_TD @ self.tensors[f"{name}.W_enc"] + self.tensors[f"{name}.b_enc"][0]
         match self.features[name]["activation"]:
             case "identity":
@@ -161,6 +173,24 @@ class Reference:
                 return pre.clamp_min(0.0)
             case _:
                 return torch.where(pre > self.tensors[f"{name}.threshold"][0], pre, 0.0)
+
+    def edge(self, name: str, x_TD: Tensor) -> Tensor:
+        """What the feature must reach at every token to be active, [T]; empty if it cannot jump."""
+        match self.features[name]["activation"]:
+            case "jumprelu":
+                return self.tensors[f"{name}.threshold"].expand(len(x_TD))
+            case "topk":
+                return self._top(name, x_TD).values[:, -1].relu()
+        return x_TD.new_empty(0)
+
+    def _owner(self, name: str) -> str:
+        return str(self.features[name]["dictionary"])
+
+    def _top(self, name: str, x_TD: Tensor) -> Any:
+        """Values and indices of the k largest in the feature's dictionary, largest first."""
+        owner = self._owner(name)
+        pre_TK = x_TD @ self.tensors[f"{owner}.W_enc"].T + self.tensors[f"{owner}.b_enc"]
+        return torch.topk(pre_TK, self.k[owner], dim=-1)
 
     @contextlib.contextmanager
     def _hooked(self, request: _Request) -> Iterator[None]:
@@ -185,6 +215,7 @@ class Reference:
         acts = {name: self.activations(name, x_TD) for name in here}
         for name, values in acts.items():
             request.acts[name] += values.tolist()
+            request.edges[name] += self.edge(name, x_TD).tolist()
         written = {False: torch.zeros_like(x_TD), True: torch.zeros_like(x_TD)}
         for edit in request.interventions:
             if edit["feature"] in acts:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from hf_reference import SITES, at_site
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import D_MODEL, LAYERS, NUM_LAYERS, SHAPE, VOCAB_SIZE, prompts
 from torch import nn
 from transformers import (
@@ -202,6 +202,62 @@ def write_catalog(folder: Path, model: Path, seed: int = 1) -> Path:
     return folder
 
 
+D_SAE, K = 512, 16
+NUM_TOPK = 3
+"""How many latents of a dictionary are features."""
+TOPK = ((1, "resid_post", "sae_latent"), (2, "mlp_in", "transcoder_latent"))
+
+
+def add_topk(folder: Path, model: Path, seed: int = 2) -> None:
+    """Add a TopK dictionary at each place of ``TOPK``, ``wide_<site>_<layer>``, and features in it.
+
+    Those are ``topk<i>_<site>_<layer>``, active on some tokens, and on others above zero without
+    being among the k largest.
+    """
+    rng = np.random.default_rng(seed)
+    document = yaml.safe_load((folder / "catalog.yaml").read_text())
+    tensors = load_file(folder / "features.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    streams = _streams(loaded, prompts(40, seed=1000 + seed, low=8, high=100))
+    document["dictionaries"] = []
+    for layer, site, kind in TOPK:
+        owner, at = f"wide_{site}_{layer}", {"site": site, "layer": layer}
+        document["dictionaries"].append({"name": owner, **at, "d_sae": D_SAE, "k": K})
+        W_enc, b_enc, acts = _dictionary(streams[layer, site], rng)
+        tensors |= {f"{owner}.W_enc": W_enc, f"{owner}.b_enc": b_enc}
+        written = streams[layer, "mlp_out" if site == "mlp_in" else site]
+        for i in range(NUM_TOPK):
+            feature = {"name": f"topk{i}_{site}_{layer}", "kind": kind, **at}
+            feature |= {"activation": "topk", "dictionary": owner, "latent": _latent(i)}
+            feature["evidence"] = {
+                "spread": float(acts[:, i].std()),
+                "active_share": float((acts[:, i] > 0).mean()),
+                "written_norm": float(np.median(np.linalg.norm(written, axis=1))),
+            }
+            document["features"].append(feature)
+            tensors[f"{feature['name']}.W_dec"] = unit(rng)
+    (folder / "catalog.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    save_file(tensors, folder / "features.safetensors")
+
+
+def _latent(i: int) -> int:
+    return 100 * i + 7
+
+
+def _dictionary(x_TD: npt.NDArray[np.float32], rng: np.random.Generator) -> tuple[Any, Any, Any]:
+    """Encoder, bias, and what its features are on ``x_TD``, which their bias is chosen by."""
+    W_enc = np.stack([unit(rng) for _ in range(D_SAE)])
+    pre = x_TD @ W_enc.T
+    b_enc = rng.normal(0, 0.1 * pre.std(), D_SAE).astype(np.float32)
+    kth = np.sort(pre + b_enc, axis=1)[:, -K]
+    latents = [_latent(i) for i in range(NUM_TOPK)]
+    for latent in latents:
+        b_enc[latent] = np.quantile(kth - pre[:, latent], ACTIVE_SHARE)
+    pre += b_enc
+    is_kept = pre >= np.sort(pre, axis=1)[:, -K, None]
+    return W_enc, b_enc, np.where(is_kept, pre.clip(0), 0)[:, latents]
+
+
 class Plan(NamedTuple):
     """One feature to make at each of ``sites``."""
 
@@ -339,4 +395,29 @@ def interventions(catalog: Path) -> dict[str, list[dict[str, Any]]]:
     }
     for site in SITES:
         named[f"at_{site}"] = [edit(f"direction_{site}_2", "clamp", 2.0)]
+    if "topk0_resid_post_1" in size:
+        named |= _topk_interventions(edit)
     return named
+
+
+def _topk_interventions(edit: Callable[..., dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    active = {"only_if_active": True}
+    gate = {"when": {"feature": "topk1_resid_post_1", "above": 0.0}}
+    return {
+        "topk_clamp": [edit("topk0_resid_post_1", "clamp", 1.0)],
+        "topk_ablate": [
+            {"feature": f"topk{i}_{site}_{layer}", "ablate": True}
+            for layer, site, _ in TOPK
+            for i in range(NUM_TOPK)
+        ],
+        "topk_scale_active": [{"feature": "topk1_resid_post_1", "scale": 8.0, **active}],
+        "topk_gates": [edit("direction_resid_post_1", "add", 1.0, **gate)],
+        "topk_transcoder": [edit("topk0_mlp_in_2", "clamp", 2.0)],
+        "topk_transcoder_active": [{"feature": "topk1_mlp_in_2", "scale": -9.0, **active}],
+        "topk_beside_others": [
+            edit("topk2_resid_post_1", "at_least", 0.5),
+            edit("latent_resid_post_1", "clamp", 0.5),
+            edit("topk2_mlp_in_2", "add", 1.0, phase="generation"),
+            edit("transcoder_mlp_in_2", "add", 1.0),
+        ],
+    }

@@ -15,11 +15,12 @@ the errors of all its activations. No single one may be off by more than ``POINT
 the tolerance: the tail of the same rounding (Transformers in bfloat16 strays from itself in
 float32 by as much), and far less than a wrong token would make.
 
-A jumprelu latent close to its threshold may be active for one and silent for the other. This
-is a flip: counted, not compared, and a fault unless the active one is, by the pointwise limit,
-at the threshold. Where the steering itself depends on what flipped (it edits the latent, or is
-gated by it), the two are different computations from there on: such a request is compared
-up to that token, and what is left out is counted, and may not be much.
+A jumprelu latent close to its threshold, or a topk latent close to the k-th largest of its
+dictionary, may be active for one and silent for the other. This is a flip: counted, not compared,
+and a fault unless the active one is, by the pointwise limit, at that edge. Where the steering
+itself depends on what flipped (it edits the latent, or is gated by it), the two are different
+computations from there on: such a request is compared up to that token, and what is left out is
+counted, and may not be much.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ ROUNDING = 1e-5
 
 UNSTEERED = 5
 MAX_DOSE = 0.3
-CAPPED = ("every_site", "transcoder_beside_its_sites")
+CAPPED = ("every_site", "transcoder_beside_its_sites", "topk_beside_others")
 """Interventions asked once more with ``MAX_DOSE``, which is less than their dose."""
 
 
@@ -114,6 +115,7 @@ def check(
     compiled: bool = True,
     names: Sequence[str] | None = None,
     max_tokens: int = MAX_TOKENS,
+    with_topk: bool = False,
     environment: Mapping[str, str] = MappingProxyType({}),
     **engine_args: Any,
 ) -> dict[str, Any]:
@@ -125,11 +127,14 @@ def check(
         compiled: whether vLLM compiles the model; see also ``TRACED``.
         names: which of ``miniatures.interventions``; all of them if None.
         max_tokens: how many to generate; 1 in bfloat16, whatever is given.
+        with_topk: whether the catalog has TopK dictionaries too.
         environment: added to the engine's, such as ``TRACED`` or ``engine_process.V2``.
         **engine_args: vLLM's.
     """
     model = miniatures.write_model(folder / "model", architecture)
     catalog = miniatures.write_catalog(folder / "catalog", model)
+    if with_topk:
+        miniatures.add_topk(catalog, model)
     dtype = engine_args.setdefault("dtype", _stored_dtype(architecture))
     asked = _round(catalog, names, 1 if dtype == "bfloat16" else max_tokens)
     engine_args |= {"enforce_eager": not compiled}
@@ -244,7 +249,7 @@ class _Comparison:
         parting = self._parting(asked, got, want, end)
         if parting is not None:
             end, name, edge = parting
-            nearest = max(got[name][end], want[name][end]) - edge
+            nearest = max(got[name][end], want[name][end]) - edge[end]
             self._flips(asked, name, np.array([nearest / spreads[name]]))
         self.tally.activations_left_out += len(want) * (asked.num_fed - end)
         errors = [
@@ -256,11 +261,10 @@ class _Comparison:
     def _compared(self, asked: Asked, name: str, a: Floats, b: Floats, spread: float) -> Floats:
         """One feature's errors, flips left out."""
         errors = np.abs(a - b) / spread
-        if (threshold := self._threshold(name)) is None:
-            flipped = np.zeros(len(a), bool)
-        else:
-            flipped = (a > threshold) != (b > threshold)
-            self._flips(asked, name, (np.maximum(a, b)[flipped] - threshold) / spread)
+        flipped = np.zeros(len(a), bool)
+        if (edge := self._edge(name)) is not None:
+            flipped = (a > 0.0) != (b > 0.0)
+            self._flips(asked, name, (np.maximum(a, b) - edge[: len(a)])[flipped] / spread)
         worst = errors[~flipped].max(initial=0.0)
         limit = POINTWISE * self.tolerance
         self.tally.expect(worst <= limit, asked.name, name, "is once off by", worst)
@@ -276,33 +280,33 @@ class _Comparison:
 
     def _parting(
         self, asked: Asked, got: dict[str, Floats], want: dict[str, Floats], end: int
-    ) -> tuple[int, str, float] | None:
+    ) -> tuple[int, str, Floats] | None:
         """Where what the steering depends on flips first: position, feature, edge it crosses."""
         first = None
         for name in self.reference.features:  # in forward order
-            for edge in self._edges(asked, name):
-                crossed = np.flatnonzero((got[name][:end] > edge) != (want[name][:end] > edge))
+            for value, edge in self._edges(asked, name):
+                crossed = np.flatnonzero((got[name][:end] > value) != (want[name][:end] > value))
                 if len(crossed):
                     end = int(crossed[0])
                     first = (end, name, edge)
         return first
 
-    def _edges(self, asked: Asked, name: str) -> list[float]:
-        """Values of the feature at which the request's steering jumps."""
-        edges = []
+    def _edges(self, asked: Asked, name: str) -> list[tuple[float, Floats]]:
+        """Values at which the request's steering jumps; by token, where the feature gets there."""
+        values, edge = [], self._edge(name)
         for edit in asked.interventions:
-            if edit["feature"] == name and (threshold := self._threshold(name)) is not None:
-                edges.append(threshold)
-            elif edit["feature"] == name and edit.get("only_if_active"):
-                edges.append(0.0)
+            if edit["feature"] == name and (edge is not None or edit.get("only_if_active")):
+                values.append(0.0)
             when = edit.get("when", {})
             if when.get("feature") == name:
-                edges += [when[side] for side in ("above", "below") if side in when]
-        return edges
+                values += [when[side] for side in ("above", "below") if side in when]
+        reached = np.full(asked.num_fed, -np.inf) if edge is None else edge
+        return [(value, np.maximum(value, reached)) for value in values]
 
-    def _threshold(self, name: str) -> float | None:
-        is_jump = self.reference.features[name]["activation"] == "jumprelu"
-        return float(self.reference.tensors[f"{name}.threshold"][0]) if is_jump else None
+    def _edge(self, name: str) -> Floats | None:
+        """What the feature must exceed at each token to be active at all, if it jumps there."""
+        edge = self.reference.edges[name]
+        return np.array(edge) if edge else None
 
     def _spread(self, name: str, values: Floats) -> float:
         measured = self.reference.features[name]["evidence"]["spread"]
@@ -310,7 +314,7 @@ class _Comparison:
 
     def _flips(self, asked: Asked, name: str, distances: Floats) -> None:
         self.tally.threshold_flips += len(distances)
-        far = distances[distances > POINTWISE * self.tolerance]
+        far = distances[np.abs(distances) > POINTWISE * self.tolerance]
         self.tally.expect(not len(far), asked.name, name, "flips far from its threshold:", far)
 
     def _receipt(self, asked: Asked, completion: Any, asked_digest: str) -> None:

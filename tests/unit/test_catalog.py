@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import yaml
@@ -55,8 +56,8 @@ def set_nan(tensors):
         (lambda t: t.pop("unit_1.W_enc"), "'unit_1.W_enc' is missing"),
         (lambda t: t.pop("latent_1.threshold"), "'latent_1.threshold' is missing"),
         (set_nan, "NaN"),
-        (lambda t: t.update({"unit_1.W_enc": np.zeros(7, np.float32)}), "expected float32"),
-        (lambda t: t.update({"unit_1.W_enc": np.zeros(128)}), "float64"),
+        (lambda t: t.update({"unit_1.W_enc": np.zeros(7, np.float32)}), "expected F32"),
+        (lambda t: t.update({"unit_1.W_enc": np.zeros(128)}), "F64"),
         (lambda t: t.update({"stray": np.zeros(1, np.float32)}), "belongs to no feature"),
     ],
 )
@@ -132,10 +133,45 @@ def test_the_model_it_was_made_for_is_accepted_and_others_are_refused(tiny_world
     import tiny
 
     expected = store.load(tiny_world.catalog).document.model
-    assert fingerprint.check(expected, served_model(tiny_world.model)) == ()
+    found = fingerprint.check(expected, served_model(tiny_world.model))
+    assert (found.match, found.differences, found.unchecked) == ("exact", (), ())
     other = served_model(tiny.write_model(tmp_path / "other", seed=5))
     with pytest.raises(ModelMismatchError, match=r"weight lm_head\.weight has sha256"):
         fingerprint.check(expected, other)
     wider = dataclasses.replace(served_model(tiny_world.model), hidden_size=256)
     with pytest.raises(ModelMismatchError, match="hidden_size is 256"):
         fingerprint.check(expected, wider)
+
+
+def test_a_fine_tune_is_served_only_where_that_is_allowed_and_is_told_apart(tiny_world):
+    served = served_model(tiny_world.model)
+    base = store.load(tiny_world.catalog).document.model
+    expected = msgspec.structs.replace(base, weights={"lm_head.weight": "0" * 64})
+    with pytest.raises(ModelMismatchError, match=r"lm_head\.weight has sha256 .*allow_fine_tune"):
+        fingerprint.check(expected, served)
+    found = fingerprint.check(expected, served, allow_fine_tune=True)
+    assert found.match == "fine_tune"
+    assert "lm_head.weight" in found.differences[0]
+    deeper = msgspec.structs.replace(base, num_hidden_layers=9)
+    with pytest.raises(ModelMismatchError, match="num_hidden_layers is 4"):
+        fingerprint.check(deeper, served, allow_fine_tune=True)
+
+
+def test_a_model_that_is_not_on_disk_is_unverified_and_says_what_was_not_compared(tiny_world):
+    served = dataclasses.replace(served_model(tiny_world.model), folder=None)
+    found = fingerprint.check(store.load(tiny_world.catalog).document.model, served)
+    assert (found.match, found.unchecked) == ("unverified", ("tokenizer", "lm_head.weight"))
+
+
+def test_a_file_that_links_out_of_the_folder_is_refused(folder, tmp_path):
+    shutil.move(folder / store.TENSORS_FILE, tmp_path / "elsewhere")
+    (folder / store.TENSORS_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CatalogError, match="leads out of the catalog's folder"):
+        store.load(folder)
+
+
+def test_a_file_that_links_within_the_folder_as_config_maps_do_is_read(folder):
+    (folder / "..data").mkdir()
+    shutil.move(folder / store.TENSORS_FILE, folder / "..data" / store.TENSORS_FILE)
+    (folder / store.TENSORS_FILE).symlink_to("..data/" + store.TENSORS_FILE)
+    assert store.load(folder).vectors

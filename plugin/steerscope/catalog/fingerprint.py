@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from steerscope.catalog.model import Fingerprint
-from steerscope.errors import ModelMismatchError
+from steerscope.catalog.model import Fingerprint, ModelMatch
+from steerscope.catalog.tensors import TensorFile
+from steerscope.errors import CatalogError, ModelMismatchError
 
-MAX_HEADER_BYTES = 100_000_000
-"""As safetensors itself has it."""
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What ``check`` found: ``differences`` only for a fine-tune."""
+
+    match: ModelMatch
+    differences: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    """What could not be compared, as the model is not on local disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +32,30 @@ class ServedModel:
     folder: Path | None
 
 
-def check(expected: Fingerprint, served: ServedModel) -> tuple[str, ...]:
-    """Raise ``ModelMismatchError`` listing what differs; return what could not be compared."""
-    differences = [
+def check(
+    expected: Fingerprint, served: ServedModel, allow_fine_tune: bool = False
+) -> Comparison:
+    """Compare; raise ``ModelMismatchError`` listing what differs.
+
+    With ``allow_fine_tune`` only the geometry must match; what else differs is returned.
+    """
+    geometry = _geometry_differences(expected, served)
+    files: list[str] = []
+    unchecked: tuple[str, ...] = ()
+    if served.folder is None:
+        unchecked = ("tokenizer", *expected.weights)
+    else:
+        files = _file_differences(expected, served.folder)
+    if geometry or (files and not allow_fine_tune):
+        told = "; ".join([*geometry, *files])
+        hint = "" if geometry else " (a fine-tune? then set allow_fine_tune)"
+        raise ModelMismatchError(f"catalog is for another model: {told}{hint}")
+    match = ModelMatch.FINE_TUNE if files else ModelMatch.EXACT
+    return Comparison(ModelMatch.UNVERIFIED if unchecked else match, tuple(files), unchecked)
+
+
+def _geometry_differences(expected: Fingerprint, served: ServedModel) -> list[str]:
+    return [
         f"{name} is {actual}, the catalog was made for {wanted}"
         for name, wanted, actual in (
             ("architecture", expected.architecture, served.architecture),
@@ -38,14 +65,6 @@ def check(expected: Fingerprint, served: ServedModel) -> tuple[str, ...]:
         )
         if wanted != actual
     ]
-    unchecked: list[str] = []
-    if served.folder is None:
-        unchecked = ["tokenizer", *expected.weights]
-    else:
-        differences += _file_differences(expected, served.folder)
-    if differences:
-        raise ModelMismatchError("catalog is for another model: " + "; ".join(differences))
-    return tuple(unchecked)
 
 
 def _file_differences(expected: Fingerprint, folder: Path) -> list[str]:
@@ -72,23 +91,9 @@ def tensor_digest(folder: Path, name: str) -> str:
     """SHA-256 of a tensor's bytes as stored, found in any ``*.safetensors`` there."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            stored = _stored_bytes(path, name)
-        except (OSError, ValueError, KeyError, TypeError, struct.error):
+            with TensorFile(path) as tensors:
+                if name in tensors.entries:
+                    return hashlib.sha256(tensors.raw(name)).hexdigest()
+        except CatalogError:
             continue
-        if stored is not None:
-            return hashlib.sha256(stored).hexdigest()
     return "(not found)"
-
-
-def _stored_bytes(path: Path, name: str) -> bytes | None:
-    """By the file's own header: numpy, which the library reads with here, has no bfloat16."""
-    with path.open("rb") as file:
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        if header_size > MAX_HEADER_BYTES:
-            raise ValueError("not a safetensors file")
-        header = json.loads(file.read(header_size))
-        if name not in header:
-            return None
-        begin, end = header[name]["data_offsets"]
-        file.seek(8 + header_size + begin)
-        return file.read(end - begin)

@@ -8,7 +8,7 @@ an error that names its path. Vectors live beside it in ``features.safetensors``
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -58,11 +58,19 @@ class Site(enum.StrEnum):
 
 
 class Activation(enum.StrEnum):
-    """The encoder's nonlinearity."""
+    """The encoder's nonlinearity. ``topk`` needs the whole dictionary, see ``Dictionary``."""
 
     RELU = "relu"
     JUMPRELU = "jumprelu"
     IDENTITY = "identity"
+    TOPK = "topk"
+
+
+class LabelSource(enum.StrEnum):
+    """Who says what a feature means."""
+
+    HUMAN = "human"
+    AUTOMATIC = "automatic"
 
 
 class Reduction(enum.StrEnum):
@@ -76,10 +84,24 @@ class Reduction(enum.StrEnum):
     MEAN_GENERATION = "mean_generation"
     MAX_FIRST_GENERATED = "max_first_generated"
     MIN_FIRST_GENERATED = "min_first_generated"
+    MEAN_FIRST_GENERATED = "mean_first_generated"
+    LAST_ENTITY_TOKEN = "last_entity_token"
+    MAX_ENTITY_SPAN = "max_entity_span"
+    MEAN_ENTITY_SPAN = "mean_entity_span"
 
 
-NUM_FIRST_GENERATED = 8
-"""How many generated tokens the ``*_first_generated`` reductions look at."""
+MAX_FIRST_GENERATED = 64
+"""How many generated tokens a ``*_first_generated`` reduction may look at."""
+
+
+class ModelMatch(enum.StrEnum):
+    """How a served model compares with the one a catalog was made for."""
+
+    EXACT = "exact"
+    FINE_TUNE = "fine_tune"
+    """The same geometry, other weights or another tokenizer; only where that is allowed."""
+    UNVERIFIED = "unverified"
+    """The same geometry; the files are not on local disk, so nothing else was compared."""
 
 
 class Fingerprint(_Document, frozen=True):
@@ -101,7 +123,11 @@ class Feature(_Document, frozen=True):
     site: Site
     layer: LayerIndex
     activation: Activation
+    dictionary: Slug | None = None
+    latent: LayerIndex | None = None
+    """topk only: the dictionary it competes in, and its place there."""
     label: str = ""
+    label_source: LabelSource = LabelSource.HUMAN
     description: str = ""
     source: dict[str, str] = {}
     evidence: dict[str, Any] = {}
@@ -114,12 +140,37 @@ class Feature(_Document, frozen=True):
         return self.site
 
 
+class Dictionary(_Document, frozen=True):
+    """A whole TopK dictionary: ``k`` of its ``d_sae`` latents are active at a token.
+
+    Which ones is only known when all of them are computed, so its encoder travels with the
+    catalog and is evaluated in the graph: ``d_sae * D`` multiplications a token.
+    """
+
+    name: Slug
+    site: Site
+    layer: LayerIndex
+    d_sae: Count
+    k: Count
+
+
+class Span(_Document, frozen=True):
+    """The prompt tokens at which a feature of the same site is above a bound: an entity, say."""
+
+    feature: Slug
+    above: float
+
+
 class Term(_Document, frozen=True):
     """One summand of a signal: ``weight`` times a reduced activation."""
 
     feature: Slug
     reduce: Reduction
     weight: float
+    first: Annotated[int, msgspec.Meta(ge=1, le=MAX_FIRST_GENERATED)] = 8
+    """How many generated tokens a ``*_first_generated`` reduction looks at."""
+    span: Span | None = None
+    """Which tokens an ``*_entity_*`` reduction looks at."""
 
 
 class Label(_Document, frozen=True):
@@ -129,15 +180,78 @@ class Label(_Document, frozen=True):
     below: float | None = None
 
 
+class Platt(_Document, frozen=True, tag_field="method", tag="platt"):
+    """``p = sigmoid(scale * z + offset)`` (Platt 1999)."""
+
+    scale: float
+    offset: float
+
+
+class Isotonic(_Document, frozen=True, tag_field="method", tag="isotonic"):
+    """``p`` by linear interpolation between knots, constant beyond the outer ones."""
+
+    z: tuple[float, ...]
+    p: tuple[float, ...]
+
+
+class Threshold(_Document, frozen=True):
+    """At most ``max_fpr`` of negatives score above ``score``: split conformal, marginally."""
+
+    score: float
+    max_fpr: float
+    num_negatives: Count
+    """Independent negative cases (one of each name) that the bound was chosen on."""
+
+
+class Calibration(_Document, frozen=True):
+    """How the weighted sum ``z`` becomes a probability, and what was learned where."""
+
+    map: Platt | Isotonic
+    num_cases: Count
+    split: str
+    """Which cases, with the digest of their split."""
+    thresholds: tuple[Threshold, ...] = ()
+
+
+class Target(_Document, frozen=True):
+    """What a signal is meant to predict: a label of a case, among those with another label.
+
+    The lab gives each answered case ``answered`` or ``declined``, and ``correct`` or ``wrong``
+    where it was answered; a case file may declare further ones, ``known`` say.
+    """
+
+    label: LabelSlug
+    among: LabelSlug | None = None
+
+
 class Signal(_Document, frozen=True):
-    """A calibrated probability: ``sigmoid(bias + sum of terms)``, computed in the hub."""
+    """A calibrated probability: ``map(bias + sum of terms)``, computed in the hub.
+
+    Without a calibration the map is the logistic function.
+    """
 
     name: Slug
     terms: tuple[Term, ...]
     bias: float
     labels: tuple[Label, ...]
     description: str = ""
+    predicts: Target | None = None
+    calibration: Calibration | None = None
     evidence: dict[str, Any] = {}
+
+
+class Baseline(_Document, frozen=True):
+    """How often a feature's activations fell into each bin when the catalog was calibrated.
+
+    Bin ``i`` holds ``edges[i-1] <= f < edges[i]``; the outer ones are open, so there is one
+    more share than edges.
+    """
+
+    feature: Slug
+    phase: Literal["prompt", "generation"]
+    edges: tuple[float, ...]
+    shares: tuple[float, ...]
+    num_tokens: Count
 
 
 class CatalogPolicy(_Document, frozen=True):
@@ -157,6 +271,8 @@ class CatalogDocument(_Document, frozen=True):
     version: str
     model: Fingerprint
     features: tuple[Feature, ...]
+    dictionaries: tuple[Dictionary, ...] = ()
     signals: tuple[Signal, ...] = ()
     policies: tuple[CatalogPolicy, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
     description: str = ""

@@ -16,7 +16,10 @@ def run(settings: Settings, model: Path | None) -> int:
     catalog = store.load(Path(settings.catalog), settings.catalog_digest)
     check_declared(catalog, settings.steering, settings.policies)
     if model is not None:
-        fingerprint.check(catalog.document.model, served_model(model))
+        found = fingerprint.check(
+            catalog.document.model, served_model(model), settings.allow_fine_tune
+        )
+        print(f"model     {found.match}  {'; '.join(found.differences)}".rstrip())
     document = catalog.document
     print(f"catalog   {document.name} {document.version}  {catalog.digest}")
     for key, features in catalog.sites.items():

@@ -1,8 +1,8 @@
 """A site's buffers and what the op does with them.
 
 Shapes: T tokens of the step, T_max the most there can be, D model width, F features
-of the site, S steering rows (row 0 neutral). Buffers live as long as the engine and
-are never reallocated: their addresses may be captured in a CUDA graph.
+of the site, N of them in one TopK dictionary, S steering rows (row 0 neutral). Buffers live as
+long as the engine and are never reallocated: their addresses may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from steerscope.catalog.model import Activation, Feature, Site
 from steerscope.catalog.store import Catalog, SiteKey
 from steerscope.engine import reference
-from steerscope.engine.reference import Encoder, Rows
+from steerscope.engine.reference import Encoder, Rows, TopK
 from steerscope.steering.interventions import Intervention, Op
 
 INF = float("inf")
@@ -210,7 +210,31 @@ def _encoder(catalog: Catalog, features: tuple[Feature, ...], device: torch.devi
         torch.from_numpy(np.stack([v.W_enc for v in vectors], axis=1)).contiguous().to(device),
         torch.tensor([v.b_enc for v in vectors], dtype=torch.float32, device=device),
         torch.tensor(thresholds, dtype=torch.float32, device=device),
+        _dictionaries(catalog, features, device),
     )
+
+
+def _dictionaries(
+    catalog: Catalog, features: tuple[Feature, ...], device: torch.device
+) -> tuple[TopK, ...]:
+    """The dictionaries that topk features among ``features`` compete in, each read once."""
+    k = {dictionary.name: dictionary.k for dictionary in catalog.document.dictionaries}
+    columns: dict[str, list[int]] = {}
+    for column, feature in enumerate(features):
+        if feature.dictionary is not None:
+            columns.setdefault(feature.dictionary, []).append(column)
+
+    def whole(name: str, columns_N: list[int]) -> TopK:
+        vectors = catalog.dictionary_vectors(name)
+        return TopK(
+            torch.from_numpy(vectors.W_enc).to(device),
+            torch.from_numpy(vectors.b_enc).to(device),
+            k[name],
+            torch.tensor([features[column].latent for column in columns_N], device=device),
+            torch.tensor(columns_N, device=device),
+        )
+
+    return tuple(whole(name, columns_N) for name, columns_N in columns.items())
 
 
 def _decoder(
