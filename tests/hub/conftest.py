@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import hub_world
 import pytest
 from steerscope.catalog import store
@@ -59,7 +61,18 @@ def front_end(hub, catalog):
 
 
 @pytest.fixture
-def worker(hub):
-    worker = hub_world.Worker(hub.endpoint)
-    yield worker
-    worker.close()
+def worker_of():
+    """Makes a worker of any hub."""
+    with contextlib.ExitStack() as workers:
+
+        def make(hub):
+            worker = hub_world.Worker(hub.endpoint)
+            workers.callback(worker.close)
+            return worker
+
+        yield make
+
+
+@pytest.fixture
+def worker(hub, worker_of):
+    return worker_of(hub)

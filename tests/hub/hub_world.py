@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from steerscope.catalog.store import Catalog
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import Intervention, canonical_json
+from steerscope.telemetry.columns import Columns
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
     Frame,
@@ -23,14 +24,38 @@ from steerscope.telemetry.frames import (
     SiteActivations,
     encode,
 )
+from steerscope.telemetry.requests import Limits, RequestLedger
+from steerscope.telemetry.tracks import RequestTrack
 
 D_MODEL = 4
 ENGINE = {"model_name": "demo", "engine": "0"}
+ABOUT_ENTITY = {
+    "name": "about_entity",
+    "terms": [
+        {
+            "feature": "known",
+            "reduce": "max_entity_span",
+            "weight": 2.0,
+            "span": {"feature": "unknown", "above": 1.5},
+        },
+        {"feature": "late", "reduce": "mean_first_generated", "weight": -0.5, "first": 3},
+    ],
+    "bias": -2.0,
+    "labels": [{"label": "low", "below": 0.35}, {"label": "high"}],
+    "predicts": {"label": "wrong", "among": "answered"},
+    "calibration": {
+        "map": {"method": "platt", "scale": 0.5, "offset": 0.25},
+        "num_cases": 400,
+        "split": "dev, sha256:ab12",
+        "thresholds": [{"score": 0.8, "max_fpr": 0.05, "num_negatives": 150}],
+    },
+}
+"""A signal with all that a signal can have; ``unknown`` marks the entity."""
 SITES = {"resid_post.1": ("known", "unknown"), "resid_post.2": ("late",)}
 
 
 def write_catalog(folder: Path) -> Path:
-    """Two relu features at layer 1, a read-only one at layer 2, three signals, one policy."""
+    """Two relu features at layer 1, a read-only one at layer 2, four signals, one policy."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name in ("known", "unknown", "late"):
@@ -73,7 +98,8 @@ def _document() -> dict:
                 ("whole_prompt", "unknown", "mean_prompt"),
                 ("in_answer", "known", "max_generation"),
             )
-        ],
+        ]
+        + [ABOUT_ENTITY],
         "policies": [
             {"name": "force-known", "interventions": [{"feature": "known", "clamp": 6.0}]}
         ],
@@ -148,6 +174,23 @@ def frame(
         sites=(first, second) if num_tokens else (),
     )
     return msgspec.structs.replace(made, **fields)
+
+
+def observed(
+    catalog: Catalog,
+    acts: object,
+    num_prompt_tokens: int,
+    *,
+    limit: int = 4096,
+    tail_lost: bool = False,
+) -> RequestTrack:
+    """A running sequence whose first tokens had these activations [T, F]."""
+    ledger = RequestLedger(Columns(catalog), Limits(10, 60.0, limit), lambda track: ())
+    share, started = ("a", 0, len(acts)), (start("a", num_prompt_tokens),)
+    ledger.feed(frame(catalog, share, acts=acts, started=started), 1.0)
+    (track,) = ledger.report("a")
+    track.tail_lost = tail_lost
+    return track
 
 
 class Worker:

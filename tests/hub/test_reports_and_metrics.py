@@ -9,10 +9,13 @@ import msgspec
 import pytest
 from hub_world import ENGINE, eventually, frame, scrape, start
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from steerscope import __version__
+from steerscope import __version__, config
+from steerscope.api.v1 import catalog_pb2
 from steerscope.api.v1 import telemetry_pb2 as pb
+from steerscope.catalog.model import ModelMatch
 from steerscope.client import Client
 from steerscope.errors import HubError, SpecError
+from steerscope.hub import launcher
 from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.frames import CachedActivations, RequestEnd
 
@@ -60,6 +63,7 @@ def test_a_report_tells_all_that_was_seen_and_done(client, worker, catalog):
     assert scores["in_answer"].label == "high"
     assert not scores["whole_prompt"].HasField("score")
     assert scores["whole_prompt"].label == "unobserved"
+    assert not scores["about_entity"].HasField("score")
     tracks = {t.feature: t for t in completion.features}
     assert tracks["known"].first_position == 1
     assert list(tracks["known"].activations) == [2.0, 2.0, 2.0, 4.0, 4.0]
@@ -188,7 +192,7 @@ def test_a_watcher_hears_of_start_and_end_without_activations(client, worker, ca
     assert started.WhichOneof("event") == "started"
     assert started.started.name == "requests/a"
     assert finished.WhichOneof("event") == "finished"
-    assert len(finished.finished.completions[0].signals) == 3
+    assert len(finished.finished.completions[0].signals) == 4
     assert not finished.finished.completions[0].features
     events.close()
 
@@ -220,9 +224,51 @@ def test_features_are_listed_with_what_can_be_done_to_them(client):
     assert features["features/known"].steerable
     assert not features["features/late"].steerable
     assert features["features/known"].label == "Known entity"
+    assert features["features/known"].label_source == catalog_pb2.LABEL_SOURCE_HUMAN
     assert client.get_feature("late").layer == 2
     with pytest.raises(HubError, match="NOT_FOUND"):
         client.get_feature("nobody")
+
+
+def test_a_signal_is_told_with_what_it_predicts_and_how_it_was_calibrated(client):
+    signals = {signal.name: signal for signal in client.get_catalog().signals}
+    told = signals["about_entity"]
+    at_entity, after = told.terms
+    assert (at_entity.reduction, at_entity.HasField("first")) == ("max_entity_span", False)
+    assert (at_entity.span.feature, at_entity.span.above) == ("unknown", 1.5)
+    assert (after.first, after.HasField("span")) == (3, False)
+    assert (told.predicts.label, told.predicts.among) == ("wrong", "answered")
+    calibration = told.calibration
+    assert calibration.WhichOneof("map") == "platt"
+    assert (calibration.platt.scale, calibration.platt.offset) == (0.5, 0.25)
+    assert (calibration.num_cases, calibration.split) == (400, "dev, sha256:ab12")
+    (threshold,) = calibration.thresholds
+    assert (threshold.score, threshold.max_fpr, threshold.num_negatives) == (0.8, 0.05, 150)
+    plain = signals["in_answer"]
+    assert not plain.HasField("calibration")
+    assert not plain.HasField("predicts")
+
+
+def test_a_report_says_where_a_signal_does_not_apply(client, worker, catalog):
+    worker.send(frame(catalog, ("a", 0, 4), acts=1.0, started=(start("a", 3),)))
+    worker.send(frame(catalog, finished=("a",)))
+    (completion,) = client.get_request_report("a", wait=5.0).completions
+    (score,) = (s for s in completion.signals if s.signal == "about_entity")
+    assert (score.label, score.HasField("score")) == ("not_applicable", False)
+
+
+def test_a_fine_tune_is_named_wherever_its_numbers_are(settings, worker_of, catalog):
+    running = launcher.start_hub(config.matched(settings, ModelMatch.FINE_TUNE))
+    try:
+        worker_of(running).send(frame(catalog, ("a", 0, 2), started=(start("a", 2),)))
+        with Client(f"127.0.0.1:{running.grpc_port}") as client:
+            assert client.get_request_report("a", wait=0.5).model_match == "fine_tune"
+            assert client.get_catalog().model_match == "fine_tune"
+        url = f"http://127.0.0.1:{running.http_port}/v1/steerscope/requests/a"
+        assert httpx.get(url, timeout=5).json()["model_match"] == "fine_tune"
+        assert 'model_match="fine_tune"' in scrape(running.http_port).text
+    finally:
+        running.stop()
 
 
 def test_the_report_is_json_over_http_too(hub, worker, client, catalog):

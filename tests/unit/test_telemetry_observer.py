@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
+from steerscope import __version__
 from steerscope.catalog import store
+from steerscope.catalog.model import ModelMatch
 from steerscope.export.instruments import INSTRUMENTS, Kind, bounds_for
 from steerscope.export.prometheus import HubCollector
 from steerscope.steering.interventions import Intervention, Phase
@@ -57,7 +59,11 @@ class World:
     def scrape(self):
         registry = CollectorRegistry(auto_describe=False)
         labels = ["force-known", "inline", "unknown"]
-        registry.register(HubCollector(self.catalog, self.observer, self.totals, lambda: labels))
+        registry.register(
+            HubCollector(
+                self.catalog, self.observer, self.totals, lambda: labels, ModelMatch.FINE_TUNE
+            )
+        )
         return Metrics(generate_latest(registry).decode())
 
     def value(self, name, **labels):
@@ -98,6 +104,7 @@ def test_everything_declared_is_there_at_zero_from_an_engines_first_frame(world,
     metrics = world.scrape()
     for name, labels in (
         ("steerscope_signal_requests_total", {"signal": "in_answer", "label": "unobserved"}),
+        ("steerscope_signal_requests_total", {"signal": "in_answer", "label": "not_applicable"}),
         ("steerscope_signal_score_ratio_count", {"signal": "at_question"}),
         ("steerscope_feature_activation_count", {"feature": "late", "phase": "generation"}),
         ("steerscope_feature_active_tokens_total", {"feature": "late", "phase": "prompt"}),
@@ -107,6 +114,36 @@ def test_everything_declared_is_there_at_zero_from_an_engines_first_frame(world,
         ("steerscope_steering_requests_total", {"policy": "force-known", "outcome": "applied"}),
     ):
         assert metrics.value(name, **ENGINE, **labels) == 0, name
+
+
+def test_a_sequence_without_the_entity_is_counted_as_not_applicable_and_has_no_score(
+    world, catalog
+):
+    for name, there in (("with", 2.0), ("without", 1.0)):
+        acts = [[3.0, there, 0.0]] * 4
+        world.take(frame(catalog, (name, 0, 4), acts=acts, started=(start(name, 2),)))
+        world.take(frame(catalog, finished=(name,)))
+    count = "steerscope_signal_requests_total"
+    assert world.value(count, signal="about_entity", label="not_applicable") == 1
+    assert world.value(count, signal="about_entity", label="unobserved") == 0
+    assert world.value(count, signal="about_entity", label="high") == 1
+    assert world.value("steerscope_signal_score_ratio_count", signal="about_entity") == 1
+    # z = 2 * 3 - 2 = 4, and Platt makes 0.5 * 4 + 0.25 of it
+    score = 1 / (1 + np.exp(-2.25))
+    assert world.value("steerscope_signal_score_ratio_sum", signal="about_entity") == (
+        pytest.approx(score)
+    )
+
+
+def test_build_info_says_how_the_model_compares_with_the_catalogs(world, catalog):
+    labels = {
+        "version": __version__,
+        "catalog": "small",
+        "catalog_version": "1",
+        "catalog_digest": catalog.digest,
+        "model_match": "fine_tune",
+    }
+    assert world.scrape().value("steerscope_build_info", **labels) == 1
 
 
 def test_bounds_of_labels_are_bounds_of_the_score(world, catalog):

@@ -60,6 +60,12 @@ class Client:
         """Close the channel."""
         self._channel.close()
 
+    def get_catalog(self) -> catalog_pb2.Catalog:
+        """The catalog in force with its signals, without its features."""
+        request = catalog_pb2.GetCatalogRequest()
+        with _our_errors():
+            return self._catalog.GetCatalog(request, timeout=DEADLINE_SECONDS).catalog
+
     def get_feature(self, name: str) -> catalog_pb2.Feature:
         """One feature by its plain name."""
         request = catalog_pb2.GetFeatureRequest(name=FEATURES + name)

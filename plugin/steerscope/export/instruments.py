@@ -36,14 +36,15 @@ SIGNAL_SCORE = Instrument(
     "steerscope_signal_score_ratio",
     Kind.HISTOGRAM,
     "1",
-    "Score of each signal, once for each finished sequence whose tokens were all observed.",
+    "Score of each signal, once for each finished sequence that has one.",
     (*ENGINE, "signal"),
 )
 SIGNAL_REQUESTS = Instrument(
     "steerscope_signal_requests_total",
     Kind.COUNTER,
     "{request}",
-    "Finished sequences by the label of each signal; 'unobserved' when it has no score.",
+    "Finished sequences by the label of each signal; without a score 'unobserved', or "
+    "'not_applicable' when the signal looks for an entity and the prompt has none.",
     (*ENGINE, "signal", "label"),
 )
 FEATURE_ACTIVATION = Instrument(
@@ -142,8 +143,9 @@ BUILD_INFO = Instrument(
     "steerscope_build_info",
     Kind.GAUGE,
     "1",
-    "Always 1; the labels say which version serves which catalog.",
-    ("version", "catalog", "catalog_version", "catalog_digest"),
+    "Always 1; the labels say which version serves which catalog, and whether the model is the "
+    "one that the catalog was made for.",
+    ("version", "catalog", "catalog_version", "catalog_digest", "model_match"),
 )
 
 INSTRUMENTS = (

@@ -19,12 +19,13 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from steerscope import __version__
+from steerscope.catalog.model import ModelMatch
 from steerscope.catalog.store import Catalog
 from steerscope.export import instruments as names
 from steerscope.export.instruments import Instrument
 from steerscope.steering.interventions import Op
 from steerscope.telemetry.histograms import HistogramArray
-from steerscope.telemetry.signals import UNOBSERVED_LABEL
+from steerscope.telemetry.reductions import Missing
 from steerscope.telemetry.totals import PHASES, EngineTotals, FrameLoss, HubTotals, Outcome
 from steerscope.telemetry.tracks import EngineKey, Unobserved
 
@@ -52,8 +53,10 @@ class HubCollector(Collector):
         totals: Totals,
         hub: HubTotals,
         policies: Callable[[], Iterable[str]],
+        model_match: ModelMatch,
     ) -> None:
         self._catalog = catalog
+        self._model_match = model_match
         self._totals = totals
         self._hub = hub
         self._policies = policies
@@ -108,8 +111,8 @@ class HubCollector(Collector):
         document = self._catalog.document
         instrument = names.BUILD_INFO
         family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
-        labels = (__version__, document.name, document.version, self._catalog.digest)
-        family.add_metric(labels, 1)
+        catalog = (document.name, document.version, self._catalog.digest)
+        family.add_metric((__version__, *catalog, self._model_match), 1)
         return family
 
 
@@ -119,7 +122,7 @@ def _signals(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]
     for engine, totals in engines:
         for series, signal in enumerate(totals.signals):
             _add_histogram(scores, (*engine, signal.name), totals.score, series)
-            for label in (*(band.label for band in signal.labels), UNOBSERVED_LABEL):
+            for label in (*(band.label for band in signal.labels), *Missing):
                 count = totals.labels[signal.name, label]
                 labelled.append(((*engine, signal.name, label), count))
     yield scores

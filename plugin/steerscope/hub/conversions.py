@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import assert_never
 
 from steerscope import __version__
 from steerscope.api.v1 import catalog_pb2, steering_pb2, telemetry_pb2
-from steerscope.catalog.model import Activation, Feature, FeatureKind, Signal, Site
+from steerscope.catalog.model import (
+    Activation,
+    Calibration,
+    Feature,
+    FeatureKind,
+    Isotonic,
+    LabelSource,
+    ModelMatch,
+    Platt,
+    Signal,
+    Site,
+    Term,
+)
 from steerscope.catalog.store import Catalog
 from steerscope.errors import SpecError
 from steerscope.hub.policies import Origin, StoredPolicy
 from steerscope.steering.interventions import Intervention, Op, Phase, When
+from steerscope.telemetry.reductions import ON_FIRST_GENERATED
 from steerscope.telemetry.tracks import RequestTrack, Unobserved
 
 _KINDS = {
@@ -24,6 +38,11 @@ _ACTIVATIONS = {
     Activation.RELU: catalog_pb2.ACTIVATION_RELU,
     Activation.JUMPRELU: catalog_pb2.ACTIVATION_JUMPRELU,
     Activation.IDENTITY: catalog_pb2.ACTIVATION_IDENTITY,
+    Activation.TOPK: catalog_pb2.ACTIVATION_TOPK,
+}
+_LABEL_SOURCES = {
+    LabelSource.HUMAN: catalog_pb2.LABEL_SOURCE_HUMAN,
+    LabelSource.AUTOMATIC: catalog_pb2.LABEL_SOURCE_AUTOMATIC,
 }
 _PHASES = {
     steering_pb2.PHASE_UNSPECIFIED: Phase.ALL,
@@ -59,6 +78,7 @@ def feature_message(catalog: Catalog, feature: Feature) -> catalog_pb2.Feature:
         layer=feature.layer,
         activation=_ACTIVATIONS[feature.activation],
         label=feature.label,
+        label_source=_LABEL_SOURCES[feature.label_source],
         description=feature.description,
         steerable=catalog.vectors[feature.name].W_dec is not None,
         source=feature.source,
@@ -67,19 +87,49 @@ def feature_message(catalog: Catalog, feature: Feature) -> catalog_pb2.Feature:
 
 def signal_message(signal: Signal) -> catalog_pb2.Signal:
     """A signal as the API shows it."""
-    return catalog_pb2.Signal(
+    message = catalog_pb2.Signal(
         name=signal.name,
         description=signal.description,
-        terms=[
-            catalog_pb2.Term(feature=t.feature, reduction=t.reduce, weight=t.weight)
-            for t in signal.terms
-        ],
+        terms=[_term(term) for term in signal.terms],
         bias=signal.bias,
         labels=[catalog_pb2.Label(label=b.label, below=b.below) for b in signal.labels],
     )
+    if signal.calibration is not None:
+        message.calibration.CopyFrom(_calibration(signal.calibration))
+    if (target := signal.predicts) is not None:
+        message.predicts.CopyFrom(catalog_pb2.Target(label=target.label, among=target.among))
+    return message
 
 
-def catalog_message(catalog: Catalog) -> catalog_pb2.Catalog:
+def _term(term: Term) -> catalog_pb2.Term:
+    message = catalog_pb2.Term(feature=term.feature, reduction=term.reduce, weight=term.weight)
+    if term.reduce in ON_FIRST_GENERATED:
+        message.first = term.first
+    if (span := term.span) is not None:
+        message.span.CopyFrom(catalog_pb2.EntitySpan(feature=span.feature, above=span.above))
+    return message
+
+
+def _calibration(calibration: Calibration) -> catalog_pb2.Calibration:
+    message = catalog_pb2.Calibration(
+        num_cases=calibration.num_cases,
+        split=calibration.split,
+        thresholds=[
+            catalog_pb2.Threshold(score=t.score, max_fpr=t.max_fpr, num_negatives=t.num_negatives)
+            for t in calibration.thresholds
+        ],
+    )
+    match calibration.map:
+        case Platt(scale=scale, offset=offset):
+            message.platt.CopyFrom(catalog_pb2.Platt(scale=scale, offset=offset))
+        case Isotonic(z=z, p=p):
+            message.isotonic.CopyFrom(catalog_pb2.Isotonic(z=z, p=p))
+        case _:
+            assert_never(calibration.map)
+    return message
+
+
+def catalog_message(catalog: Catalog, model_match: ModelMatch) -> catalog_pb2.Catalog:
     """The catalog without its features."""
     document = catalog.document
     return catalog_pb2.Catalog(
@@ -90,6 +140,7 @@ def catalog_message(catalog: Catalog) -> catalog_pb2.Catalog:
         architecture=document.model.architecture,
         num_features=len(document.features),
         signals=[signal_message(signal) for signal in catalog.signals],
+        model_match=model_match,
     )
 
 
@@ -153,6 +204,7 @@ def report_message(
     tracks: Sequence[RequestTrack],
     catalog: Catalog,
     asked_digest: str,
+    model_match: ModelMatch,
     *,
     features: bool = True,
 ) -> telemetry_pb2.RequestReport:
@@ -163,6 +215,7 @@ def report_message(
         tracks: its sequences.
         catalog: that the hub serves.
         asked_digest: of the steering admitted; empty for none, or if it is not known.
+        model_match: how the served model compares with the catalog's.
         features: whether the activations go in.
     """
     finished = all(track.finished for track in tracks)
@@ -174,6 +227,7 @@ def report_message(
         catalog_version=catalog.document.version,
         asked_steering_digest=asked_digest,
         plugin_version=__version__,
+        model_match=model_match,
     )
 
 

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from steerscope.catalog.model import ModelMatch
 from steerscope.catalog.store import Catalog
 from steerscope.hub.conversions import report_message
 from steerscope.telemetry.asked import AskedLog
@@ -17,7 +18,11 @@ from steerscope.telemetry.requests import RequestLedger
 
 
 def application(
-    catalog: Catalog, ledger: RequestLedger, asked: AskedLog, registry: CollectorRegistry
+    catalog: Catalog,
+    ledger: RequestLedger,
+    asked: AskedLog,
+    registry: CollectorRegistry,
+    model_match: ModelMatch,
 ) -> Starlette:
     """The ASGI application; it runs on the hub's loop and owns nothing."""
 
@@ -34,7 +39,8 @@ def application(
         if not tracks:
             message = f"no request {external_id[:80]!r} is known"
             return JSONResponse({"error": {"code": "NOT_FOUND", "message": message}}, 404)
-        made = report_message(external_id, tracks, catalog, asked.digest(external_id))
+        digest = asked.digest(external_id)
+        made = report_message(external_id, tracks, catalog, digest, model_match)
         tree = MessageToDict(
             made, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )

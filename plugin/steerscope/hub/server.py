@@ -93,7 +93,13 @@ class Hub:
         )
         self._registry = CollectorRegistry()
         self._registry.register(
-            HubCollector(self._catalog, self._observer, totals, self._policy_labels)
+            HubCollector(
+                self._catalog,
+                self._observer,
+                totals,
+                self._policy_labels,
+                settings.model_match,
+            )
         )
         self._asked = AskedLog(settings.hub.max_reports)
         self._control = ControlPlane(
@@ -101,12 +107,23 @@ class Hub:
         )
         self._fan_in = FanIn(endpoint, self._observer)
 
+    @property
+    def observer(self) -> Observer:
+        """What was seen; only to be touched on the hub's loop."""
+        return self._observer
+
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[Ports]:
         """Serve for as long as the block lasts; raise ``HubError`` naming a port in use."""
         listener = _listen("hub.http_address", self._settings.hub.http_address)
         server, grpc_port = await self._grpc_server()
-        app = application(self._catalog, self._observer.ledger, self._asked, self._registry)
+        app = application(
+            self._catalog,
+            self._observer.ledger,
+            self._asked,
+            self._registry,
+            self._settings.model_match,
+        )
         loops = (self._control.run(), self._fan_in.run(), self._fan_in.expire())
         tasks = [asyncio.create_task(loop) for loop in loops]
         tasks.append(asyncio.create_task(_serve_http(app, listener)))
@@ -130,14 +147,20 @@ class Hub:
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ]
         server = grpc.aio.server(options=options)
-        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogService(self._catalog), server)
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
+            CatalogService(self._catalog, self._settings.model_match), server
+        )
         steering_pb2_grpc.add_SteeringServiceServicer_to_server(
             SteeringService(self._catalog, self._settings.steering, self._store, self._control),
             server,
         )
         telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(
             TelemetryService(
-                self._catalog, self._observer.ledger, self._asked, self._announcements
+                self._catalog,
+                self._observer.ledger,
+                self._asked,
+                self._announcements,
+                self._settings.model_match,
             ),
             server,
         )

@@ -7,7 +7,7 @@ malformed reaches the store or a front end.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from steerscope.api.v1 import (
@@ -18,6 +18,7 @@ from steerscope.api.v1 import (
     telemetry_pb2,
     telemetry_pb2_grpc,
 )
+from steerscope.catalog.model import ModelMatch
 from steerscope.catalog.store import Catalog
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
@@ -39,6 +40,7 @@ from steerscope.steering.admission import check_asked
 from steerscope.steering.interventions import POLICY_NAME_PATTERN, Policy
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
+from steerscope.telemetry.tracks import RequestTrack
 
 MAX_WAIT_SECONDS = 30.0
 MAX_DESCRIPTION_CHARACTERS = 4096
@@ -47,14 +49,16 @@ MAX_DESCRIPTION_CHARACTERS = 4096
 class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     """What exists."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, model_match: ModelMatch) -> None:
         self._catalog = catalog
+        self._model_match = model_match
 
     @refusing
     async def GetCatalog(
         self, request: catalog_pb2.GetCatalogRequest, context: Any
     ) -> catalog_pb2.GetCatalogResponse:
-        return catalog_pb2.GetCatalogResponse(catalog=catalog_message(self._catalog))
+        found = catalog_message(self._catalog, self._model_match)
+        return catalog_pb2.GetCatalogResponse(catalog=found)
 
     @refusing
     async def GetFeature(
@@ -166,8 +170,10 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
         ledger: RequestLedger,
         asked: AskedLog,
         announcements: Announcements,
+        model_match: ModelMatch,
     ) -> None:
         self._catalog = catalog
+        self._model_match = model_match
         self._ledger = ledger
         self._asked = asked
         self._announcements = announcements
@@ -183,8 +189,7 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
         tracks = self._ledger.report(external_id)
         if not tracks:
             raise NotFoundError(f"no request {external_id[:80]!r} is known")
-        report = report_message(external_id, tracks, self._catalog, self._asked.digest(external_id))
-        return telemetry_pb2.GetRequestReportResponse(report=report)
+        return telemetry_pb2.GetRequestReportResponse(report=self._report(external_id, tracks))
 
     async def WatchRequests(
         self, request: telemetry_pb2.WatchRequestsRequest, context: Any
@@ -194,12 +199,19 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
             await context.send_initial_metadata(())
             async for event in events:
                 name, track = event.track.start.external_id, event.track
-                asked = self._asked.digest(name)
-                report = report_message(name, (track,), self._catalog, asked, features=False)
+                report = self._report(name, (track,), features=False)
                 kind = "finished" if event.finished else "started"
                 if not event.finished:  # the track may have gone on since
                     report.state = report.completions[0].state = telemetry_pb2.REQUEST_STATE_RUNNING
                 yield telemetry_pb2.WatchRequestsResponse(**{kind: report}, missed=event.missed)
+
+    def _report(
+        self, external_id: str, tracks: Sequence[RequestTrack], *, features: bool = True
+    ) -> telemetry_pb2.RequestReport:
+        asked = self._asked.digest(external_id)
+        return report_message(
+            external_id, tracks, self._catalog, asked, self._model_match, features=features
+        )
 
     def _has_finished(self, external_id: str) -> bool:
         tracks = self._ledger.report(external_id)

@@ -1,11 +1,13 @@
 """A frame's sites as blocks of the catalog's columns.
 
 Shapes: T tokens of the frame, F features of the whole catalog in layer order (the
-columns), S sites; a block holds adjacent sites, so its columns are adjacent too.
+columns), C of them that a signal reads, S sites; a block holds adjacent sites, so its
+columns are adjacent too.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from steerscope.catalog.model import Signal
 from steerscope.catalog.store import Catalog
 from steerscope.telemetry.frames import SiteActivations, acts_TF, edits
 
@@ -53,6 +56,9 @@ class Columns:
         self._offsets = (0, *accumulate(self._widths))
         self._site_index = {name: i for i, name in enumerate(self.site_names)}
         self.site_of = tuple(s for s, width in enumerate(self._widths) for _ in range(width))
+        self.read_by_signals = tuple(sorted({self.index[n] for n in _read_by(catalog.signals)}))
+        """The columns [C] that some signal reads, in ascending order."""
+        self.place_of = {column: place for place, column in enumerate(self.read_by_signals)}
 
     def blocks(self, sites: Iterable[SiteActivations]) -> Iterator[Block]:
         """The sites as blocks; raise ``ValueError`` on one that the catalog does not have."""
@@ -66,6 +72,13 @@ class Columns:
             run.append(site)
         if run:
             yield self._block(start, run)
+
+    def signal_columns(self, columns: slice) -> tuple[slice, list[int]]:
+        """Those of a block's columns that signals read: places in [C], and in the block."""
+        first = bisect_left(self.read_by_signals, columns.start)
+        last = bisect_left(self.read_by_signals, columns.stop)
+        inside = [column - columns.start for column in self.read_by_signals[first:last]]
+        return slice(first, last), inside
 
     def _index(self, site: SiteActivations) -> int:
         index = self._site_index.get(site.site)
@@ -84,6 +97,14 @@ class Columns:
             finite_T=None if finite.all() else finite.all(axis=1),
             edits=_edits(run, len(acts)) if any(site.edit_tokens for site in run) else None,
         )
+
+
+def _read_by(signals: Iterable[Signal]) -> Iterator[str]:
+    for signal in signals:
+        for term in signal.terms:
+            yield term.feature
+            if term.span is not None:
+                yield term.span.feature
 
 
 def _edits(run: list[SiteActivations], num_tokens: int) -> Edits:

@@ -11,6 +11,7 @@ from steerscope.catalog.store import Catalog
 from steerscope.telemetry import signals
 from steerscope.telemetry.columns import Columns
 from steerscope.telemetry.frames import Frame, decode
+from steerscope.telemetry.reductions import Missing
 from steerscope.telemetry.requests import Limits, RequestLedger
 from steerscope.telemetry.totals import Bounds, EngineTotals, FrameLoss, HubTotals
 from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score
@@ -41,9 +42,9 @@ class Observer:
         listener: Listener,
         policy_label: Callable[[str], str],
     ) -> None:
-        self.ledger = RequestLedger(Columns(catalog), limits, self._score)
         self._catalog = catalog
         self._columns = Columns(catalog)
+        self.ledger = RequestLedger(self._columns, limits, self._score)
         self._bounds = bounds
         self._totals = totals
         self._listener = listener
@@ -68,7 +69,7 @@ class Observer:
         for track in self.ledger.expire(now_ns * 1e-9):
             track.tail_lost = True
             labels = self._engines[track.key].labels
-            labels.update((s.name, signals.UNOBSERVED_LABEL) for s in self._catalog.signals)
+            labels.update((s.name, Missing.UNOBSERVED) for s in self._catalog.signals)
 
     def _take(self, frame: Frame, now_ns: int) -> None:
         engine = self._engine(EngineKey(frame.model_name, frame.engine))

@@ -1,7 +1,8 @@
 """What was seen of one sequence: every position at most once, the newest value kept.
 
-Shapes: N positions, n tokens just added, F features of the catalog, S sites. Positions
-beyond the limit are observed and reduced like all others; only their values are not kept.
+Shapes: N positions, n tokens just added, F features of the catalog, C of them that a signal
+reads, S sites. Positions beyond the limit are observed and reduced like all others: of their
+values only those that signals read are kept, and only until the sequence ends.
 """
 
 from __future__ import annotations
@@ -12,17 +13,9 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from steerscope.catalog.model import Reduction
 from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
 from steerscope.telemetry.frames import RequestStart, SteeringChange
-from steerscope.telemetry.reductions import (
-    FOLDS,
-    ON_GENERATION,
-    ON_WHOLE_PHASE,
-    Overflow,
-    needed,
-)
 from steerscope.telemetry.steered import SteeredTokens
 
 
@@ -41,7 +34,7 @@ class Unobserved(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A signal's outcome; ``score`` is None when a token it needs was not observed."""
+    """A signal's outcome; without a ``score``, the label says why (``reductions.Missing``)."""
 
     signal: str
     score: float | None
@@ -89,8 +82,8 @@ class RequestTrack:
         self.interventions = _interventions(start.interventions)
         self._limit = limit
         self._not_finite: set[int] = set()
-        self._overflow: Overflow | None = None
         self._acts_NF: FloatArray = np.zeros((0, len(columns.features)), np.float32)
+        self._beyond_NC: FloatArray = np.zeros((0, len(columns.read_by_signals)), np.float32)
         self._seen_NS: BoolArray = np.zeros((0, len(columns.site_names)), np.bool_)
 
     def add(self, block: Block, first: int, last: int, position: int) -> Added:
@@ -105,30 +98,30 @@ class RequestTrack:
         seen_nS[:, block.sites] = True
         if block.finite_T is not None or self._not_finite:
             fresh &= self._mark_finite(block, first, last, position)
-        self._keep(block.columns, block.acts_TF[first:last], position, fresh)
+        self._keep(block.columns, block.acts_TF[first:last], position)
         if block.edits is not None and block.edits.deltas_TF[first:last].any():
             deltas, doses = block.edits.deltas_TF[first:last], block.edits.doses_TS[first:last]
             self.steered.add(block.columns, deltas, doses, position, fresh)
         completed = missing & np.logical_and.reduce(seen_nS, axis=1)
         return Added(fresh, completed)
 
-    def reduce(self, feature: str, reduction: Reduction) -> float | None:
-        """One number for the feature, or None unless every token it needs was observed."""
+    def values(self, feature: str, start: int, stop: int) -> FloatArray | None:
+        """The feature at positions ``start`` to ``stop``; None unless all are known.
+
+        Beyond the limit, a feature is known if a signal reads it, until the sequence ends.
+        """
         column = self.columns.index[feature]
-        start, stop = needed(reduction, self.start.num_prompt_tokens, self.end)
         seen = self._seen_NS[start:stop, self.columns.site_of[column]]
-        if stop <= start or len(seen) < stop - start or not seen.all():
-            return None
-        if self.tail_lost and reduction in ON_GENERATION:
+        if len(seen) < stop - start or not seen.all():
             return None
         kept = self._acts_NF[start : min(stop, self._limit), column]
-        if self._overflow is None or stop <= self._limit:
-            return FOLDS[reduction](kept)
-        if reduction in ON_WHOLE_PHASE:
-            return self._overflow.reduce(reduction, kept, column)
-        beyond = range(max(start, self._limit), stop)
-        values = [self._overflow.value(position, column) for position in beyond]
-        return FOLDS[reduction](np.append(kept, values))
+        if stop <= self._limit:
+            return kept
+        place = self.columns.place_of.get(column)
+        if self.finished or place is None:
+            return None
+        first, last = max(start - self._limit, 0), stop - self._limit
+        return np.concatenate([kept, self._beyond_NC[first:last, place]])
 
     def unobserved(self) -> dict[Unobserved, int]:
         """How many positions before ``end`` are missing, by reason; only those that are."""
@@ -178,10 +171,15 @@ class RequestTrack:
             for first, last in zip(edges[::2], edges[1::2], strict=True)
         ]
 
+    def activations(self) -> FloatArray:
+        """Every kept position's activations [N, F]; what was never seen is zero."""
+        return self._acts_NF[: min(self.end, self._limit)]
+
     def finish(self, scores: tuple[Score, ...], now: float) -> None:
         """No more tokens follow: keep the scores, give back spare memory."""
         self.finished, self.scores, self.updated_at = True, scores, now
         self._acts_NF = self._acts_NF[: min(self.end, self._limit)].copy()
+        self._beyond_NC = self._beyond_NC[:0].copy()
         self._seen_NS = self._seen_NS[: self.end].copy()
 
     def _mark_finite(self, block: Block, first: int, last: int, position: int) -> BoolArray:
@@ -194,14 +192,17 @@ class RequestTrack:
         self._seen_NS[bad, block.sites] = False
         return finite
 
-    def _keep(self, columns: slice, acts_nF: FloatArray, position: int, fresh: BoolArray) -> None:
+    def _keep(self, columns: slice, acts_nF: FloatArray, position: int) -> None:
         kept = min(max(self._limit - position, 0), len(acts_nF))
         self._acts_NF[position : position + kept, columns] = acts_nF[:kept]
-        if kept == len(acts_nF):
-            return
-        if self._overflow is None:
-            self._overflow = Overflow(len(self.columns.features), self.start.num_prompt_tokens)
-        self._overflow.add(columns, acts_nF[kept:], position + kept, fresh[kept:])
+        if kept < len(acts_nF) and self.columns.read_by_signals:
+            self._keep_beyond(columns, acts_nF[kept:], position + kept - self._limit)
+
+    def _keep_beyond(self, columns: slice, acts_nF: FloatArray, row: int) -> None:
+        places, inside = self.columns.signal_columns(columns)
+        stop = row + len(acts_nF)
+        self._beyond_NC = grown(self._beyond_NC, stop)
+        self._beyond_NC[row:stop, places] = acts_nF[:, inside]
 
     def _seen_everywhere(self) -> BoolArray:
         seen: BoolArray = np.zeros(self.end, np.bool_)

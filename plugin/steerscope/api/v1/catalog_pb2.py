@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsteerscope/v1/catalog.proto\x12\rsteerscope.v1\"\xbc\x02\n\x07\x46\x65\x61ture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.steerscope.v1.FeatureKind\x12!\n\x04site\x18\x03 \x01(\x0e\x32\x13.steerscope.v1.Site\x12\r\n\x05layer\x18\x04 \x01(\x05\x12-\n\nactivation\x18\x05 \x01(\x0e\x32\x19.steerscope.v1.Activation\x12\r\n\x05label\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\x12\x11\n\tsteerable\x18\x08 \x01(\x08\x12\x32\n\x06source\x18\t \x03(\x0b\x32\".steerscope.v1.Feature.SourceEntry\x1a-\n\x0bSourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\":\n\x04Term\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x11\n\treduction\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"4\n\x05Label\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\x05\x62\x65low\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_below\"\x83\x01\n\x06Signal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\"\n\x05terms\x18\x03 \x03(\x0b\x32\x13.steerscope.v1.Term\x12\x0c\n\x04\x62ias\x18\x04 \x01(\x01\x12$\n\x06labels\x18\x05 \x03(\x0b\x32\x14.steerscope.v1.Label\"\xa4\x01\n\x07\x43\x61talog\x12\x0f\n\x07\x63\x61talog\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x14\n\x0cnum_features\x18\x06 \x01(\x05\x12&\n\x07signals\x18\x07 \x03(\x0b\x32\x15.steerscope.v1.Signal\"\x13\n\x11GetCatalogRequest\"=\n\x12GetCatalogResponse\x12\'\n\x07\x63\x61talog\x18\x01 \x01(\x0b\x32\x16.steerscope.v1.Catalog\"!\n\x11GetFeatureRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x12GetFeatureResponse\x12\'\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x16.steerscope.v1.Feature\"<\n\x13ListFeaturesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListFeaturesResponse\x12(\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x16.steerscope.v1.Feature\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xa0\x01\n\x0b\x46\x65\x61tureKind\x12\x1c\n\x18\x46\x45\x41TURE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46\x45\x41TURE_KIND_SAE_LATENT\x10\x01\x12\"\n\x1e\x46\x45\x41TURE_KIND_TRANSCODER_LATENT\x10\x02\x12\x1a\n\x16\x46\x45\x41TURE_KIND_DIRECTION\x10\x03\x12\x16\n\x12\x46\x45\x41TURE_KIND_PROBE\x10\x04*\x8f\x01\n\x04Site\x12\x14\n\x10SITE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSITE_RESID_POST\x10\x01\x12\x12\n\x0eSITE_RESID_PRE\x10\x02\x12\x12\n\x0eSITE_RESID_MID\x10\x03\x12\x11\n\rSITE_ATTN_OUT\x10\x04\x12\x0f\n\x0bSITE_MLP_IN\x10\x05\x12\x10\n\x0cSITE_MLP_OUT\x10\x06*o\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVATION_RELU\x10\x01\x12\x17\n\x13\x41\x43TIVATION_JUMPRELU\x10\x02\x12\x17\n\x13\x41\x43TIVATION_IDENTITY\x10\x03\x32\x8f\x02\n\x0e\x43\x61talogService\x12Q\n\nGetCatalog\x12 .steerscope.v1.GetCatalogRequest\x1a!.steerscope.v1.GetCatalogResponse\x12Q\n\nGetFeature\x12 .steerscope.v1.GetFeatureRequest\x1a!.steerscope.v1.GetFeatureResponse\x12W\n\x0cListFeatures\x12\".steerscope.v1.ListFeaturesRequest\x1a#.steerscope.v1.ListFeaturesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsteerscope/v1/catalog.proto\x12\rsteerscope.v1\"\xee\x02\n\x07\x46\x65\x61ture\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.steerscope.v1.FeatureKind\x12!\n\x04site\x18\x03 \x01(\x0e\x32\x13.steerscope.v1.Site\x12\r\n\x05layer\x18\x04 \x01(\x05\x12-\n\nactivation\x18\x05 \x01(\x0e\x32\x19.steerscope.v1.Activation\x12\r\n\x05label\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\x12\x11\n\tsteerable\x18\x08 \x01(\x08\x12\x32\n\x06source\x18\t \x03(\x0b\x32\".steerscope.v1.Feature.SourceEntry\x12\x30\n\x0clabel_source\x18\n \x01(\x0e\x32\x1a.steerscope.v1.LabelSource\x1a-\n\x0bSourceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\",\n\nEntitySpan\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\r\n\x05\x61\x62ove\x18\x02 \x01(\x01\"\x81\x01\n\x04Term\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x11\n\treduction\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x12\n\x05\x66irst\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\'\n\x04span\x18\x05 \x01(\x0b\x32\x19.steerscope.v1.EntitySpanB\x08\n\x06_first\"4\n\x05Label\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\x05\x62\x65low\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_below\"&\n\x05Platt\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\x0e\n\x06offset\x18\x02 \x01(\x01\" \n\x08Isotonic\x12\t\n\x01z\x18\x01 \x03(\x01\x12\t\n\x01p\x18\x02 \x03(\x01\"B\n\tThreshold\x12\r\n\x05score\x18\x01 \x01(\x01\x12\x0f\n\x07max_fpr\x18\x02 \x01(\x01\x12\x15\n\rnum_negatives\x18\x03 \x01(\x05\"\xb8\x01\n\x0b\x43\x61libration\x12%\n\x05platt\x18\x01 \x01(\x0b\x32\x14.steerscope.v1.PlattH\x00\x12+\n\x08isotonic\x18\x02 \x01(\x0b\x32\x17.steerscope.v1.IsotonicH\x00\x12\x11\n\tnum_cases\x18\x03 \x01(\x05\x12\r\n\x05split\x18\x04 \x01(\t\x12,\n\nthresholds\x18\x05 \x03(\x0b\x32\x18.steerscope.v1.ThresholdB\x05\n\x03map\"5\n\x06Target\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\x05\x61mong\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_among\"\xdd\x01\n\x06Signal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\"\n\x05terms\x18\x03 \x03(\x0b\x32\x13.steerscope.v1.Term\x12\x0c\n\x04\x62ias\x18\x04 \x01(\x01\x12$\n\x06labels\x18\x05 \x03(\x0b\x32\x14.steerscope.v1.Label\x12/\n\x0b\x63\x61libration\x18\x06 \x01(\x0b\x32\x1a.steerscope.v1.Calibration\x12\'\n\x08predicts\x18\x07 \x01(\x0b\x32\x15.steerscope.v1.Target\"\xb9\x01\n\x07\x43\x61talog\x12\x0f\n\x07\x63\x61talog\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x05 \x01(\t\x12\x14\n\x0cnum_features\x18\x06 \x01(\x05\x12&\n\x07signals\x18\x07 \x03(\x0b\x32\x15.steerscope.v1.Signal\x12\x13\n\x0bmodel_match\x18\x08 \x01(\t\"\x13\n\x11GetCatalogRequest\"=\n\x12GetCatalogResponse\x12\'\n\x07\x63\x61talog\x18\x01 \x01(\x0b\x32\x16.steerscope.v1.Catalog\"!\n\x11GetFeatureRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x12GetFeatureResponse\x12\'\n\x07\x66\x65\x61ture\x18\x01 \x01(\x0b\x32\x16.steerscope.v1.Feature\"<\n\x13ListFeaturesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListFeaturesResponse\x12(\n\x08\x66\x65\x61tures\x18\x01 \x03(\x0b\x32\x16.steerscope.v1.Feature\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xa0\x01\n\x0b\x46\x65\x61tureKind\x12\x1c\n\x18\x46\x45\x41TURE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46\x45\x41TURE_KIND_SAE_LATENT\x10\x01\x12\"\n\x1e\x46\x45\x41TURE_KIND_TRANSCODER_LATENT\x10\x02\x12\x1a\n\x16\x46\x45\x41TURE_KIND_DIRECTION\x10\x03\x12\x16\n\x12\x46\x45\x41TURE_KIND_PROBE\x10\x04*\x8f\x01\n\x04Site\x12\x14\n\x10SITE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSITE_RESID_POST\x10\x01\x12\x12\n\x0eSITE_RESID_PRE\x10\x02\x12\x12\n\x0eSITE_RESID_MID\x10\x03\x12\x11\n\rSITE_ATTN_OUT\x10\x04\x12\x0f\n\x0bSITE_MLP_IN\x10\x05\x12\x10\n\x0cSITE_MLP_OUT\x10\x06*\x84\x01\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVATION_RELU\x10\x01\x12\x17\n\x13\x41\x43TIVATION_JUMPRELU\x10\x02\x12\x17\n\x13\x41\x43TIVATION_IDENTITY\x10\x03\x12\x13\n\x0f\x41\x43TIVATION_TOPK\x10\x04*_\n\x0bLabelSource\x12\x1c\n\x18LABEL_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12LABEL_SOURCE_HUMAN\x10\x01\x12\x1a\n\x16LABEL_SOURCE_AUTOMATIC\x10\x02\x32\x8f\x02\n\x0e\x43\x61talogService\x12Q\n\nGetCatalog\x12 .steerscope.v1.GetCatalogRequest\x1a!.steerscope.v1.GetCatalogResponse\x12Q\n\nGetFeature\x12 .steerscope.v1.GetFeatureRequest\x1a!.steerscope.v1.GetFeatureResponse\x12W\n\x0cListFeatures\x12\".steerscope.v1.ListFeaturesRequest\x1a#.steerscope.v1.ListFeaturesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FEATURE_SOURCEENTRY']._loaded_options = None
   _globals['_FEATURE_SOURCEENTRY']._serialized_options = b'8\001'
-  _globals['_FEATUREKIND']._serialized_start=1116
-  _globals['_FEATUREKIND']._serialized_end=1276
-  _globals['_SITE']._serialized_start=1279
-  _globals['_SITE']._serialized_end=1422
-  _globals['_ACTIVATION']._serialized_start=1424
-  _globals['_ACTIVATION']._serialized_end=1535
+  _globals['_FEATUREKIND']._serialized_start=1779
+  _globals['_FEATUREKIND']._serialized_end=1939
+  _globals['_SITE']._serialized_start=1942
+  _globals['_SITE']._serialized_end=2085
+  _globals['_ACTIVATION']._serialized_start=2088
+  _globals['_ACTIVATION']._serialized_end=2220
+  _globals['_LABELSOURCE']._serialized_start=2222
+  _globals['_LABELSOURCE']._serialized_end=2317
   _globals['_FEATURE']._serialized_start=47
-  _globals['_FEATURE']._serialized_end=363
-  _globals['_FEATURE_SOURCEENTRY']._serialized_start=318
-  _globals['_FEATURE_SOURCEENTRY']._serialized_end=363
-  _globals['_TERM']._serialized_start=365
-  _globals['_TERM']._serialized_end=423
-  _globals['_LABEL']._serialized_start=425
-  _globals['_LABEL']._serialized_end=477
-  _globals['_SIGNAL']._serialized_start=480
-  _globals['_SIGNAL']._serialized_end=611
-  _globals['_CATALOG']._serialized_start=614
-  _globals['_CATALOG']._serialized_end=778
-  _globals['_GETCATALOGREQUEST']._serialized_start=780
-  _globals['_GETCATALOGREQUEST']._serialized_end=799
-  _globals['_GETCATALOGRESPONSE']._serialized_start=801
-  _globals['_GETCATALOGRESPONSE']._serialized_end=862
-  _globals['_GETFEATUREREQUEST']._serialized_start=864
-  _globals['_GETFEATUREREQUEST']._serialized_end=897
-  _globals['_GETFEATURERESPONSE']._serialized_start=899
-  _globals['_GETFEATURERESPONSE']._serialized_end=960
-  _globals['_LISTFEATURESREQUEST']._serialized_start=962
-  _globals['_LISTFEATURESREQUEST']._serialized_end=1022
-  _globals['_LISTFEATURESRESPONSE']._serialized_start=1024
-  _globals['_LISTFEATURESRESPONSE']._serialized_end=1113
-  _globals['_CATALOGSERVICE']._serialized_start=1538
-  _globals['_CATALOGSERVICE']._serialized_end=1809
+  _globals['_FEATURE']._serialized_end=413
+  _globals['_FEATURE_SOURCEENTRY']._serialized_start=368
+  _globals['_FEATURE_SOURCEENTRY']._serialized_end=413
+  _globals['_ENTITYSPAN']._serialized_start=415
+  _globals['_ENTITYSPAN']._serialized_end=459
+  _globals['_TERM']._serialized_start=462
+  _globals['_TERM']._serialized_end=591
+  _globals['_LABEL']._serialized_start=593
+  _globals['_LABEL']._serialized_end=645
+  _globals['_PLATT']._serialized_start=647
+  _globals['_PLATT']._serialized_end=685
+  _globals['_ISOTONIC']._serialized_start=687
+  _globals['_ISOTONIC']._serialized_end=719
+  _globals['_THRESHOLD']._serialized_start=721
+  _globals['_THRESHOLD']._serialized_end=787
+  _globals['_CALIBRATION']._serialized_start=790
+  _globals['_CALIBRATION']._serialized_end=974
+  _globals['_TARGET']._serialized_start=976
+  _globals['_TARGET']._serialized_end=1029
+  _globals['_SIGNAL']._serialized_start=1032
+  _globals['_SIGNAL']._serialized_end=1253
+  _globals['_CATALOG']._serialized_start=1256
+  _globals['_CATALOG']._serialized_end=1441
+  _globals['_GETCATALOGREQUEST']._serialized_start=1443
+  _globals['_GETCATALOGREQUEST']._serialized_end=1462
+  _globals['_GETCATALOGRESPONSE']._serialized_start=1464
+  _globals['_GETCATALOGRESPONSE']._serialized_end=1525
+  _globals['_GETFEATUREREQUEST']._serialized_start=1527
+  _globals['_GETFEATUREREQUEST']._serialized_end=1560
+  _globals['_GETFEATURERESPONSE']._serialized_start=1562
+  _globals['_GETFEATURERESPONSE']._serialized_end=1623
+  _globals['_LISTFEATURESREQUEST']._serialized_start=1625
+  _globals['_LISTFEATURESREQUEST']._serialized_end=1685
+  _globals['_LISTFEATURESRESPONSE']._serialized_start=1687
+  _globals['_LISTFEATURESRESPONSE']._serialized_end=1776
+  _globals['_CATALOGSERVICE']._serialized_start=2320
+  _globals['_CATALOGSERVICE']._serialized_end=2591
 # @@protoc_insertion_point(module_scope)

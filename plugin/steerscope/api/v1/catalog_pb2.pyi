@@ -97,6 +97,8 @@ class _ActivationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     ACTIVATION_RELU: _Activation.ValueType  # 1
     ACTIVATION_JUMPRELU: _Activation.ValueType  # 2
     ACTIVATION_IDENTITY: _Activation.ValueType  # 3
+    ACTIVATION_TOPK: _Activation.ValueType  # 4
+    """Active only if it is among the k largest of a whole dictionary at the token."""
 
 class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper):
     """Activation is the nonlinearity of a feature's encoder."""
@@ -105,7 +107,31 @@ ACTIVATION_UNSPECIFIED: Activation.ValueType  # 0
 ACTIVATION_RELU: Activation.ValueType  # 1
 ACTIVATION_JUMPRELU: Activation.ValueType  # 2
 ACTIVATION_IDENTITY: Activation.ValueType  # 3
+ACTIVATION_TOPK: Activation.ValueType  # 4
+"""Active only if it is among the k largest of a whole dictionary at the token."""
 global___Activation = Activation
+
+class _LabelSource:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LabelSourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LabelSource.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LABEL_SOURCE_UNSPECIFIED: _LabelSource.ValueType  # 0
+    LABEL_SOURCE_HUMAN: _LabelSource.ValueType  # 1
+    """A person."""
+    LABEL_SOURCE_AUTOMATIC: _LabelSource.ValueType  # 2
+    """A program, from the texts at which the feature is active."""
+
+class LabelSource(_LabelSource, metaclass=_LabelSourceEnumTypeWrapper):
+    """LabelSource is who says what a feature means."""
+
+LABEL_SOURCE_UNSPECIFIED: LabelSource.ValueType  # 0
+LABEL_SOURCE_HUMAN: LabelSource.ValueType  # 1
+"""A person."""
+LABEL_SOURCE_AUTOMATIC: LabelSource.ValueType  # 2
+"""A program, from the texts at which the feature is active."""
+global___LabelSource = LabelSource
 
 @typing.final
 class Feature(google.protobuf.message.Message):
@@ -138,6 +164,7 @@ class Feature(google.protobuf.message.Message):
     DESCRIPTION_FIELD_NUMBER: builtins.int
     STEERABLE_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
+    LABEL_SOURCE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the resource name, e.g. `features/known_entity`."""
     kind: global___FeatureKind.ValueType
@@ -156,6 +183,8 @@ class Feature(google.protobuf.message.Message):
     """steerable is true when the feature has a decoder vector. An intervention on
     a feature that is not steerable is refused.
     """
+    label_source: global___LabelSource.ValueType
+    """label_source is who gave the label and the description."""
     @property
     def source(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """source says where the feature was published: repository, index and the like."""
@@ -172,10 +201,33 @@ class Feature(google.protobuf.message.Message):
         description: builtins.str = ...,
         steerable: builtins.bool = ...,
         source: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        label_source: global___LabelSource.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["activation", b"activation", "description", b"description", "kind", b"kind", "label", b"label", "layer", b"layer", "name", b"name", "site", b"site", "source", b"source", "steerable", b"steerable"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "description", b"description", "kind", b"kind", "label", b"label", "label_source", b"label_source", "layer", b"layer", "name", b"name", "site", b"site", "source", b"source", "steerable", b"steerable"]) -> None: ...
 
 global___Feature = Feature
+
+@typing.final
+class EntitySpan(google.protobuf.message.Message):
+    """EntitySpan is the prompt tokens at which a feature is above a bound."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FEATURE_FIELD_NUMBER: builtins.int
+    ABOVE_FIELD_NUMBER: builtins.int
+    feature: builtins.str
+    """feature is a feature of the same site and layer, by its plain name."""
+    above: builtins.float
+    """above is the value that the feature must exceed."""
+    def __init__(
+        self,
+        *,
+        feature: builtins.str = ...,
+        above: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["above", b"above", "feature", b"feature"]) -> None: ...
+
+global___EntitySpan = EntitySpan
 
 @typing.final
 class Term(google.protobuf.message.Message):
@@ -186,20 +238,36 @@ class Term(google.protobuf.message.Message):
     FEATURE_FIELD_NUMBER: builtins.int
     REDUCTION_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
+    FIRST_FIELD_NUMBER: builtins.int
+    SPAN_FIELD_NUMBER: builtins.int
     feature: builtins.str
     """feature is the feature's plain name, e.g. `known_entity`."""
     reduction: builtins.str
     """reduction names how activations become one number, e.g. `max_generation`."""
     weight: builtins.float
     """weight multiplies the reduced activation."""
+    first: builtins.int
+    """first is how many generated tokens a `*_first_generated` reduction looks at.
+    Absent for any other reduction.
+    """
+    @property
+    def span(self) -> global___EntitySpan:
+        """span is which tokens an `*_entity_*` reduction looks at. Absent for any other
+        reduction.
+        """
+
     def __init__(
         self,
         *,
         feature: builtins.str = ...,
         reduction: builtins.str = ...,
         weight: builtins.float = ...,
+        first: builtins.int | None = ...,
+        span: global___EntitySpan | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["feature", b"feature", "reduction", b"reduction", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_first", b"_first", "first", b"first", "span", b"span"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_first", b"_first", "feature", b"feature", "first", b"first", "reduction", b"reduction", "span", b"span", "weight", b"weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_first", b"_first"]) -> typing.Literal["first"] | None: ...
 
 global___Term = Term
 
@@ -228,8 +296,152 @@ class Label(google.protobuf.message.Message):
 global___Label = Label
 
 @typing.final
+class Platt(google.protobuf.message.Message):
+    """Platt is the calibration sigmoid(scale * z + offset)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    scale: builtins.float
+    """scale multiplies z; never negative."""
+    offset: builtins.float
+    """offset is added."""
+    def __init__(
+        self,
+        *,
+        scale: builtins.float = ...,
+        offset: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["offset", b"offset", "scale", b"scale"]) -> None: ...
+
+global___Platt = Platt
+
+@typing.final
+class Isotonic(google.protobuf.message.Message):
+    """Isotonic is a calibration by linear interpolation between knots, constant beyond
+    the outer ones.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    Z_FIELD_NUMBER: builtins.int
+    P_FIELD_NUMBER: builtins.int
+    @property
+    def z(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """z are the knots, in ascending order."""
+
+    @property
+    def p(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """p are the probabilities there; they never descend."""
+
+    def __init__(
+        self,
+        *,
+        z: collections.abc.Iterable[builtins.float] | None = ...,
+        p: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["p", b"p", "z", b"z"]) -> None: ...
+
+global___Isotonic = Isotonic
+
+@typing.final
+class Threshold(google.protobuf.message.Message):
+    """Threshold is a score that few negatives exceed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: builtins.int
+    MAX_FPR_FIELD_NUMBER: builtins.int
+    NUM_NEGATIVES_FIELD_NUMBER: builtins.int
+    score: builtins.float
+    """score is the bound."""
+    max_fpr: builtins.float
+    """max_fpr is the share of negatives above the bound that is not exceeded, on
+    average over draws of the cases it was chosen on.
+    """
+    num_negatives: builtins.int
+    """num_negatives is how many independent negative cases it was chosen on."""
+    def __init__(
+        self,
+        *,
+        score: builtins.float = ...,
+        max_fpr: builtins.float = ...,
+        num_negatives: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_fpr", b"max_fpr", "num_negatives", b"num_negatives", "score", b"score"]) -> None: ...
+
+global___Threshold = Threshold
+
+@typing.final
+class Calibration(google.protobuf.message.Message):
+    """Calibration is how a weighted sum becomes a probability, and where that was learned."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLATT_FIELD_NUMBER: builtins.int
+    ISOTONIC_FIELD_NUMBER: builtins.int
+    NUM_CASES_FIELD_NUMBER: builtins.int
+    SPLIT_FIELD_NUMBER: builtins.int
+    THRESHOLDS_FIELD_NUMBER: builtins.int
+    num_cases: builtins.int
+    """num_cases is how many cases the map was fitted on."""
+    split: builtins.str
+    """split says which cases, with the digest of their split."""
+    @property
+    def platt(self) -> global___Platt:
+        """platt is the logistic map."""
+
+    @property
+    def isotonic(self) -> global___Isotonic:
+        """isotonic is the map by interpolation."""
+
+    @property
+    def thresholds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Threshold]:
+        """thresholds are the scores to alert or act on."""
+
+    def __init__(
+        self,
+        *,
+        platt: global___Platt | None = ...,
+        isotonic: global___Isotonic | None = ...,
+        num_cases: builtins.int = ...,
+        split: builtins.str = ...,
+        thresholds: collections.abc.Iterable[global___Threshold] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["isotonic", b"isotonic", "map", b"map", "platt", b"platt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["isotonic", b"isotonic", "map", b"map", "num_cases", b"num_cases", "platt", b"platt", "split", b"split", "thresholds", b"thresholds"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["map", b"map"]) -> typing.Literal["platt", "isotonic"] | None: ...
+
+global___Calibration = Calibration
+
+@typing.final
+class Target(google.protobuf.message.Message):
+    """Target is what a signal is meant to predict."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: builtins.int
+    AMONG_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    """label is the label of the positive cases, e.g. `wrong`."""
+    among: builtins.str
+    """among is the label that all cases have, e.g. `answered`. Absent means all cases."""
+    def __init__(
+        self,
+        *,
+        label: builtins.str = ...,
+        among: builtins.str | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_among", b"_among", "among", b"among"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_among", b"_among", "among", b"among", "label", b"label"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_among", b"_among"]) -> typing.Literal["among"] | None: ...
+
+global___Target = Target
+
+@typing.final
 class Signal(google.protobuf.message.Message):
-    """Signal is a calibrated probability over features: sigmoid(bias + sum of terms)."""
+    """Signal is a probability over features: map(z) of z = bias + sum of terms."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -238,6 +450,8 @@ class Signal(google.protobuf.message.Message):
     TERMS_FIELD_NUMBER: builtins.int
     BIAS_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    CALIBRATION_FIELD_NUMBER: builtins.int
+    PREDICTS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the signal's plain name, e.g. `hallucination_risk`."""
     description: builtins.str
@@ -252,6 +466,16 @@ class Signal(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Label]:
         """labels are the bands of the score, in ascending order."""
 
+    @property
+    def calibration(self) -> global___Calibration:
+        """calibration is how z becomes the score. Absent means by the logistic function."""
+
+    @property
+    def predicts(self) -> global___Target:
+        """predicts is what the score is the probability of. Absent when the catalog does not
+        say.
+        """
+
     def __init__(
         self,
         *,
@@ -260,8 +484,11 @@ class Signal(google.protobuf.message.Message):
         terms: collections.abc.Iterable[global___Term] | None = ...,
         bias: builtins.float = ...,
         labels: collections.abc.Iterable[global___Label] | None = ...,
+        calibration: global___Calibration | None = ...,
+        predicts: global___Target | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bias", b"bias", "description", b"description", "labels", b"labels", "name", b"name", "terms", b"terms"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["calibration", b"calibration", "predicts", b"predicts"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bias", b"bias", "calibration", b"calibration", "description", b"description", "labels", b"labels", "name", b"name", "predicts", b"predicts", "terms", b"terms"]) -> None: ...
 
 global___Signal = Signal
 
@@ -278,6 +505,7 @@ class Catalog(google.protobuf.message.Message):
     ARCHITECTURE_FIELD_NUMBER: builtins.int
     NUM_FEATURES_FIELD_NUMBER: builtins.int
     SIGNALS_FIELD_NUMBER: builtins.int
+    MODEL_MATCH_FIELD_NUMBER: builtins.int
     catalog: builtins.str
     """catalog is the catalog's own name."""
     version: builtins.str
@@ -290,6 +518,11 @@ class Catalog(google.protobuf.message.Message):
     """architecture is the model class the catalog was made for."""
     num_features: builtins.int
     """num_features is how many features ListFeatures returns in all."""
+    model_match: builtins.str
+    """model_match is how the served model compares with the one that the catalog was made
+    for: `exact`, `fine_tune` (the same geometry, other weights or another tokenizer) or
+    `unverified` (the same geometry; nothing else could be compared).
+    """
     @property
     def signals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Signal]:
         """signals are the signals declared over the features."""
@@ -304,8 +537,9 @@ class Catalog(google.protobuf.message.Message):
         architecture: builtins.str = ...,
         num_features: builtins.int = ...,
         signals: collections.abc.Iterable[global___Signal] | None = ...,
+        model_match: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "catalog", b"catalog", "description", b"description", "digest", b"digest", "num_features", b"num_features", "signals", b"signals", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["architecture", b"architecture", "catalog", b"catalog", "description", b"description", "digest", b"digest", "model_match", b"model_match", "num_features", b"num_features", "signals", b"signals", "version", b"version"]) -> None: ...
 
 global___Catalog = Catalog
 

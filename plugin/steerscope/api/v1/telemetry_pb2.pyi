@@ -167,9 +167,13 @@ class SignalScore(google.protobuf.message.Message):
     signal: builtins.str
     """signal is the signal's plain name."""
     score: builtins.float
-    """score is the probability. Absent when a token that it needs was not observed."""
+    """score is the probability. Absent when a token that it needs was not observed, or
+    when the signal looks for an entity where the prompt has none.
+    """
     label: builtins.str
-    """label is the band the score falls in, or `unobserved` when there is no score."""
+    """label is the band the score falls in; without a score `unobserved` or
+    `not_applicable`.
+    """
     def __init__(
         self,
         *,
@@ -325,6 +329,7 @@ class RequestReport(google.protobuf.message.Message):
     PLUGIN_VERSION_FIELD_NUMBER: builtins.int
     ASKED_STEERING_DIGEST_FIELD_NUMBER: builtins.int
     CATALOG_VERSION_FIELD_NUMBER: builtins.int
+    MODEL_MATCH_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the resource name: `requests/` and the id that the client knows."""
     state: global___RequestState.ValueType
@@ -339,6 +344,10 @@ class RequestReport(google.protobuf.message.Message):
     """
     catalog_version: builtins.str
     """catalog_version is the version that the catalog gives itself."""
+    model_match: builtins.str
+    """model_match is how the served model compares with the one that the catalog was made
+    for: `exact`, `fine_tune` or `unverified`.
+    """
     @property
     def completions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Completion]:
         """completions are in the order in which they started."""
@@ -353,8 +362,9 @@ class RequestReport(google.protobuf.message.Message):
         plugin_version: builtins.str = ...,
         asked_steering_digest: builtins.str = ...,
         catalog_version: builtins.str = ...,
+        model_match: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["asked_steering_digest", b"asked_steering_digest", "catalog_digest", b"catalog_digest", "catalog_version", b"catalog_version", "completions", b"completions", "name", b"name", "plugin_version", b"plugin_version", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked_steering_digest", b"asked_steering_digest", "catalog_digest", b"catalog_digest", "catalog_version", b"catalog_version", "completions", b"completions", "model_match", b"model_match", "name", b"name", "plugin_version", b"plugin_version", "state", b"state"]) -> None: ...
 
 global___RequestReport = RequestReport
 
