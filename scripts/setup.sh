@@ -35,6 +35,6 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__ != '${TO
 fi
 pip install "$VLLM"
 pip uninstall -y torchvision torchaudio torchcodec 2>/dev/null || true
-pip install -e ".[dev,demo]"
+pip install -e ".[dev,demo,lab]"
 echo "$want" > "$stamp"
 echo "setup: done"

@@ -1,4 +1,4 @@
-"""``steerscope``: check a config, serve with vLLM, run the demo.
+"""``steerscope``: check a config, serve with vLLM, make catalogs, run the demo.
 
 Commands import what they need when they run, so that ``--help`` stays quick.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerscope import __version__
+from steerscope.cli import catalog, lab
 from steerscope.errors import SteerscopeError
 
 
@@ -49,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", type=Path, required=True, help="what STEERSCOPE_CONFIG names")
     serve.set_defaults(run=_serve, passes_on=True)
 
+    lab.add_commands(commands)
+    catalog.add_commands(commands)
     _add_demo(commands)
     return parser
 
@@ -56,8 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser("demo", help="the embedded model and its story")
     parts = demo.add_subparsers(required=True, metavar="PART")
-    from steerscope.demo.world import names
+    from steerscope.demo.world import cases, names
 
+    cases_parser = parts.add_parser("cases", help="write the lab's case files")
+    cases.add_arguments(cases_parser)
+    cases_parser.set_defaults(run=lambda arguments, _: cases.run(arguments))
     names_parser = parts.add_parser("names", help="print questions as JSON lines")
     names.add_arguments(names_parser)
     names_parser.set_defaults(run=lambda arguments, _: names.run(arguments))

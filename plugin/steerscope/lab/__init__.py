@@ -1,0 +1,1 @@
+"""The lab: offline, on cases with known outcomes. Statistics, calibration, drift, pictures."""

@@ -1,0 +1,311 @@
+"""The lab's reports as Markdown with pictures, for people; the JSON beside them is for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from steerscope.lab import plots
+from steerscope.lab.calibrate import Calibrated
+from steerscope.lab.discover import Discovery
+from steerscope.lab.doses import GroupCurve, PolicyReport
+from steerscope.lab.evaluate import Evaluation, SignalReport
+from steerscope.lab.sheet import Row, applying
+from steerscope.lab.statistics import Estimate, ScoreReport, roc_band
+
+MAX_CURVES = 4
+OUTCOMES = ("correct", "wrong", "answered", "declined", "malformed")
+_METRICS = ("auroc", "auprc", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "brier", "ece")
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, rows: Sequence[Row], title: str) -> None:
+    """``evaluation.json``, ``README.md`` and its pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "evaluation.json", evaluation)
+    parts = [f"# {title}", _what(evaluation), _outcome_table(evaluation)]
+    for name, report in evaluation.signals.items():
+        parts.append(_signal(folder, name, report, rows))
+    for name, policy in evaluation.steering.items():
+        parts.append(_policy(folder, name, policy))
+    if evaluation.notes:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in evaluation.notes))
+    parts.append(_NOT_SHOWN)
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """The report for programs; numbers as they are."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=1) + b"\n")
+
+
+def estimate(value: Estimate | None, digits: int = 3) -> str:
+    """``.931 (.910 to .950)``; a dash where there is none."""
+    if value is None:
+        return "-"
+    return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+_NOT_SHOWN = """## What this does not show
+
+- Detection is not control: a signal may read perfectly a feature that changes nothing when edited.
+- The intervals resample names; they say nothing of other phrasings, languages or domains.
+- A threshold's false positive rate holds for cases drawn as these were. Real traffic differs."""
+
+
+def _what(evaluation: Evaluation) -> str:
+    splits = ", ".join(f"{n} {split}" for split, n in evaluation.split_counts.items())
+    return (
+        f"Catalog `{evaluation.catalog}` version {evaluation.catalog_version} "
+        f"(digest `{evaluation.catalog_digest[:16]}`), model {evaluation.model}. "
+        f"{evaluation.num_cases} cases; the file holds {splits}. "
+        f"Split digest `{evaluation.split_digest[:16]}`. Intervals are 95%, by resampling names."
+    )
+
+
+def _outcome_table(evaluation: Evaluation) -> str:
+    present = [o for o in OUTCOMES if any(o in told for told in evaluation.outcomes.values())]
+    rows = []
+    for group, shares in evaluation.outcomes.items():
+        n = next(iter(shares.values())).n
+        cells = [f"{shares[o].share:.3f}" if o in shares else "0" for o in present]
+        rows.append([group, str(n), *cells])
+    return "## What the model did, unsteered\n\n" + table(["group", "n", *present], rows)
+
+
+def _signal(folder: Path, name: str, report: SignalReport, rows: Sequence[Row]) -> str:
+    among = f" among cases that are {report.predicts.among}" if report.predicts.among else ""
+    head = ["score", *_METRICS]
+    lines = [_scores(f"**{name}**", report.score)]
+    lines += [_scores(n, b.score) for n, b in report.baselines.items()]
+    parts = [
+        f"## {name}",
+        f"Predicts **{report.predicts.label}**{among}: {report.score.num_positive} of "
+        f"{report.score.num_cases} cases, {report.score.num_groups} names"
+        + (
+            f"; {report.score.num_without_score} had no score."
+            if report.score.num_without_score
+            else "."
+        ),
+        table(head, lines),
+        _differences(report),
+        table(["group", "mean probability"], [[g, f"{p:.3f}"] for g, p in report.by_group.items()]),
+    ]
+    parts += _signal_pictures(folder, name, report, rows)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _signal_pictures(
+    folder: Path, name: str, report: SignalReport, rows: Sequence[Row]
+) -> list[str]:
+    made = []
+    if report.score.reliability:
+        curve = plots.Reliability(name, report.score.reliability)
+        picture = plots.reliability_diagram([curve], f"Reliability of {name}")
+        made.append(_picture(folder, f"{name}-reliability.png", picture, f"Reliability of {name}"))
+    curves = _roc_curves(name, report, rows)
+    if curves:
+        picture = plots.roc(curves, f"{name} beside what every team has")
+        made.append(_picture(folder, f"{name}-roc.png", picture, f"ROC of {name}"))
+    return made
+
+
+def _roc_curves(name: str, report: SignalReport, rows: Sequence[Row]) -> list[plots.Roc]:
+    """The signal's and those of up to three baselines that have scores."""
+    scored = applying(rows, report.predicts)
+    scores = {name: (scored.probability(name), report.score)}
+    for baseline, told in report.baselines.items():
+        scores[baseline] = (scored.baseline(baseline, report.predicts), told.score)
+    return [
+        plots.Roc(what, told.auroc, roc_band(s_N, scored.labels, scored.names, seed=0))
+        for what, (s_N, told) in scores.items()
+        if told.auroc is not None
+    ][:MAX_CURVES]
+
+
+def _scores(name: str, report: ScoreReport) -> list[str]:
+    if report.num_cases == 0:
+        return [name, *("-" for _ in _METRICS)]
+    return [name, *(estimate(getattr(report, metric)) for metric in _METRICS)]
+
+
+def _differences(report: SignalReport) -> str:
+    lines = [
+        f"- AUROC minus that of {name}: {difference.value:+.3f} "
+        f"({difference.low:+.3f} to {difference.high:+.3f})"
+        for name, baseline in report.baselines.items()
+        if (difference := baseline.against.difference) is not None
+    ]
+    return "\n".join(lines)
+
+
+def _policy(folder: Path, name: str, report: PolicyReport) -> str:
+    head = ["group", "amount", "dose", "edited", "answered", "control mean, max", "declined",
+            "control mean, max", "malformed", "changed"]  # fmt: skip
+    lines: list[list[str]] = []
+    for group, curve in report.groups.items():
+        u = curve.unsteered
+        lines.append([group, "0", "0", "0", _3(u.answered), "", _3(u.declined), "",
+                      _3(u.malformed), "0"])  # fmt: skip
+        for point in curve.points:
+            e = point.effect
+            lines.append([group, f"{point.amount:g}", f"{e.dose:.2f}", _3(e.edited),
+                          _3(e.answered), _control(point.controls, "answered"), _3(e.declined),
+                          _control(point.controls, "declined"), _3(e.malformed),
+                          _3(e.changed)])  # fmt: skip
+    parts = [
+        f"## Steering: {name}",
+        f"Edits {', '.join(report.features)}. Amount 1 is the policy as declared; the dose is the "
+        "mean relative size of the change at changed tokens, measured. Controls make the same "
+        "edit along random directions of the same norm.",
+        table(head, lines),
+    ]
+    for group, curve in report.groups.items():
+        picture = plots.dose_response(*_curve(curve), f"{name} on {group}")
+        file = f"{name}-{group}.png".replace(" ", "-").replace("/", "-")
+        parts.append(_picture(folder, file, picture, f"{name} on {group}"))
+    parts.append(_collateral(folder, name, report))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _curve(curve: GroupCurve) -> tuple[list[plots.DosePoint], list[plots.ControlPoint]]:
+    told = [
+        plots.DosePoint(e.dose, e.num_cases, e.answered, e.declined, e.malformed)
+        for e in (curve.unsteered, *(point.effect for point in curve.points))
+    ]
+    controls = [
+        plots.ControlPoint(
+            point.effect.dose,
+            *(
+                (point.controls[share].mean, point.controls[share].max)
+                for share in ("answered", "declined", "malformed")
+            ),
+        )
+        for point in curve.points
+        if point.controls
+    ]
+    return told, controls
+
+
+def _collateral(folder: Path, name: str, report: PolicyReport) -> str:
+    if not report.collateral:
+        return ""
+    lines = [
+        [
+            group,
+            str(c.num_cases),
+            _3(c.changed),
+            f"{c.controls_changed.mean:.3f}, {c.controls_changed.max:.3f}",
+            _3(c.correct_before),
+            _3(c.correct_after),
+        ]
+        for group, c in report.collateral.items()
+    ]
+    head = ["unrelated", "n", "changed", "control mean, max", "correct before", "after"]
+    damage = [
+        plots.Damage(g, c.num_cases, c.changed, c.controls_changed.mean, c.controls_changed.max)
+        for g, c in report.collateral.items()
+    ]
+    picture = plots.collateral_damage(damage, f"Unrelated answers under {name}")
+    shown = _picture(folder, f"{name}-collateral.png", picture, f"Collateral damage of {name}")
+    return f"Collateral damage, at amount 1:\n\n{table(head, lines)}\n\n{shown}"
+
+
+def write_calibration(folder: Path, found: Calibrated) -> None:
+    """``calibration.json`` and ``CALIBRATION.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "calibration.json", found)
+    parts = ["# Calibration", "Judged on cases that the map never saw."]
+    for name, fitted in found.signals.items():
+        both = (fitted.before, fitted.after)
+        rows = [
+            [metric, *(estimate(getattr(report, metric)) for report in both)]
+            for metric in ("ece", "brier", "auroc")
+        ]
+        parts += [f"## {name}", table(["metric", "before", "after"], rows)]
+        parts += [
+            f"- At most {t.max_fpr:.0%} of negatives above {t.score:.4f}, promised from "
+            f"{t.num_negatives} negative names; {fitted.fpr_at_thresholds[f'{t.max_fpr:g}']:.1%} "
+            "of the judged negatives were."
+            for t in fitted.calibration.thresholds
+        ]
+        parts += [f"- No threshold for {b}: {why}" for b, why in fitted.without_threshold.items()]
+    (folder / "CALIBRATION.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_discovery(folder: Path, found: Discovery, tree: Mapping[str, Any]) -> None:
+    """``discovery.json`` and ``DISCOVERY.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "discovery.json", tree)
+    parts = [
+        "# Discovery",
+        f"Split digest `{found.split_digest[:16]}`; "
+        + ", ".join(f"{n} {split}" for split, n in found.split_counts.items())
+        + ". Everything was chosen on dev; the numbers below are on the test split, whose names "
+        "and phrasings nothing was fitted or chosen on.",
+        "## How well it reads",
+        table(
+            ["candidate", "site", "tokens", "dev AUROC", "test AUROC", "test TPR at 5% FPR"],
+            [
+                [
+                    _candidate_name(r.candidate.kind.value, r.candidate.source),
+                    str(r.candidate.key),
+                    r.candidate.choice.value,
+                    f"{r.candidate.strength:.3f}",
+                    estimate(r.test.auroc),
+                    estimate(r.test.tpr_at_5pct_fpr),
+                ]
+                for r in found.readings
+            ],
+        ),
+        "## What editing it does",
+        _confirmed(found),
+        _NOT_SHOWN,
+    ]
+    (folder / "DISCOVERY.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _confirmed(found: Discovery) -> str:
+    rows = []
+    ways = zip(("toward positive", "toward negative"), found.chosen, found.confirmed,
+               found.contrast.shares, strict=True)  # fmt: skip
+    for way, turned, comparison, share in ways:
+        control = comparison.control(share)
+        rows.append([
+            way, f"{turned.strength:g}", share, _3(getattr(comparison.baseline, share)),
+            _3(getattr(comparison.edit, share)), f"{control.mean:.3f}, {control.max:.3f}",
+            _3(comparison.edit.malformed), f"{comparison.edit.dose:.2f}",
+            str(comparison.edit.num_cases),
+        ])  # fmt: skip
+    head = ["edit", "strength", "share", "unsteered", "edited", "control mean, max", "malformed",
+            "dose", "n"]  # fmt: skip
+    side = ""
+    if found.side:
+        side = f"\n\nUnrelated answers changed: {found.side[0]:.3f} and {found.side[1]:.3f}."
+    return table(head, rows) + side
+
+
+def _candidate_name(kind: str, source: Mapping[str, str]) -> str:
+    latent = source.get("latent")
+    return f"{kind} {latent}" if latent is not None else f"{kind}: {source.get('fit', '')}"
+
+
+def _control(controls: Mapping[str, Any], share: str) -> str:
+    return f"{controls[share].mean:.3f}, {controls[share].max:.3f}" if share in controls else "-"
+
+
+def _picture(folder: Path, name: str, picture: bytes, alt: str) -> str:
+    (folder / name).write_bytes(picture)
+    return f"![{alt}]({name})"
+
+
+def _3(share: float) -> str:
+    return f"{share:.3f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
