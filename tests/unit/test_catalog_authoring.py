@@ -145,7 +145,8 @@ def test_writing_what_was_read_changes_nothing(tmp_path):
 
 def test_the_demos_catalog_survives_being_written(tmp_path):
     old = store.load(paths.CATALOG_DIR)
-    new = authoring.write_catalog(tmp_path / "c", old.document, old.vectors)
+    encoders = {d.name: authoring.stored_encoder(old, d.name) for d in old.document.dictionaries}
+    new = authoring.write_catalog(tmp_path / "c", old.document, old.vectors, encoders)
     assert new.document == old.document
     assert_equal_vectors(new.vectors, old.vectors)
 
@@ -405,6 +406,24 @@ def test_a_models_fingerprint_names_tensors_at_both_ends_and_its_tokenizer(tmp_p
     assert made.tokenizer_sha256 is not None
     served = ModelFolder.read(folder).as_served()
     assert not fingerprint.check(made, served).differences
+
+
+def test_the_norm_before_the_mlp_multiplies_by_its_weight_and_gemmas_by_one_more(tmp_path):
+    tensors, config, _ = MODELS["llama"]
+    weight = tensors["model.layers.1.post_attention_layernorm.weight"]
+    llama = ModelFolder.read(write_model(tmp_path / "llama", tensors, config, shards=3))
+    np.testing.assert_array_equal(llama.mlp_norm(1), weight)
+    names = (*LLAMA, "pre_feedforward_layernorm.weight")
+    tensors = tensors_of("model.layers", names, "model.norm.weight")
+    config = {"architectures": ["Gemma2ForCausalLM"], **TEXT}
+    gemma = ModelFolder.read(write_model(tmp_path / "gemma", tensors, config))
+    weight = tensors["model.layers.1.pre_feedforward_layernorm.weight"]
+    np.testing.assert_array_equal(gemma.mlp_norm(1), 1 + weight)
+    with pytest.raises(CatalogError, match="layer 3 has no pre_feedforward_layernorm"):
+        gemma.mlp_norm(3)
+    other = dataclasses.replace(gemma, architecture="Gemma3nForCausalLM")
+    with pytest.raises(CatalogError, match="Gemma3nForCausalLM: the norm before its MLP"):
+        other.mlp_norm(1)
 
 
 def test_a_fine_tune_of_the_model_does_not_match_its_fingerprint(tmp_path):

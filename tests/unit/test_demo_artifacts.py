@@ -4,12 +4,15 @@ import hashlib
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from steerscope.catalog.model import Reduction
+from steerscope.catalog.store import load
 from steerscope.demo.making.tokenizer import build_tokenizer, prompt_text
 from steerscope.demo.paths import ARTIFACTS_DIR, CATALOG_DIR, MODEL_DIR
-from steerscope.demo.study.catalog import Catalog, read_catalog
+from steerscope.demo.study.catalog import Catalog, read_catalog, write_catalog
 from steerscope.demo.study.interventions import (
     Activation,
     Feature,
@@ -18,6 +21,7 @@ from steerscope.demo.study.interventions import (
     clamp,
     edited,
 )
+from steerscope.engine.reference import TopK, encode_topk
 
 EIGHT_MEGABYTES = 8 * 1024 * 1024
 
@@ -50,6 +54,62 @@ def test_the_catalog_names_the_committed_model() -> None:
     """The fingerprint's tokenizer digest is that of the file beside the model."""
     digest = hashlib.sha256((MODEL_DIR / "tokenizer.json").read_bytes()).hexdigest()
     assert f"tokenizer_sha256: {digest}" in (CATALOG_DIR / "catalog.yaml").read_text("utf-8")
+
+
+def test_the_catalog_is_one_that_the_server_accepts() -> None:
+    """Every signal says what it predicts, and the policies name features that can be written."""
+    catalog = load(CATALOG_DIR)
+    predicts = {s.name: s.predicts for s in catalog.signals}
+    assert {name: (p.label, p.among) for name, p in predicts.items() if p is not None} == {
+        "known_entity_confidence": ("known", None),
+        "hallucination_risk": ("wrong", "answered"),
+        "answered_vs_declined": ("answered", None),
+    }
+    assert [policy.name for policy in catalog.policies] == [
+        "force-known",
+        "force-unknown",
+        "control",
+    ]
+
+
+def test_the_catalog_written_again_is_the_same(catalog: Catalog, tmp_path: Path) -> None:
+    """What is read is all that was written."""
+    write_catalog(catalog, tmp_path, MODEL_DIR)
+    for name in ("catalog.yaml", "features.safetensors"):
+        assert (tmp_path / name).read_bytes() == (CATALOG_DIR / name).read_bytes()
+
+
+def test_every_probe_is_read_only_and_every_latent_can_be_steered(catalog: Catalog) -> None:
+    """A read-out must not be mistaken for a knob."""
+    writable = {e.feature.name for e in catalog.features if e.feature.W_dec is not None}
+    assert writable == {e.feature.name for e in catalog.features if e.kind != "probe"}
+
+
+def test_the_risk_is_known_after_eight_generated_tokens() -> None:
+    """It needs the prompt's last token and the first generated ones, whatever follows."""
+    risk = next(s for s in load(CATALOG_DIR).signals if s.name == "hallucination_risk")
+    looked_at = {(term.reduce, term.first) for term in risk.terms}
+    assert looked_at == {
+        (Reduction.LAST_PROMPT_TOKEN, 8),
+        (Reduction.MIN_FIRST_GENERATED, 8),
+    }
+
+
+def test_the_bars_read_alike_in_the_server(catalog: Catalog) -> None:
+    """The study's arithmetic for topk features is that of the engine's reference."""
+    bars = [e.feature for e in catalog.features if e.feature.rivals is not None]
+    x_TD = 8.0 * torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    assert len(bars) == 16
+    for bar in bars:
+        assert bar.rivals is not None
+        dictionary = TopK(
+            bar.rivals.W_enc_KD,
+            bar.rivals.b_enc_K,
+            bar.rivals.k,
+            torch.tensor([bar.latent]),
+            torch.tensor([0]),
+        )
+        assert torch.equal(encode_topk(x_TD, dictionary)[:, 0] > 0, bar.acts(x_TD) > 0)
 
 
 def test_a_chat_completion_sees_exactly_the_training_format() -> None:

@@ -109,6 +109,41 @@ def test_without_a_config_the_site_must_be_said_and_it_is_read_only(tmp_path, we
         assert source.columns([0]).W_dec is None
 
 
+def test_one_made_for_the_norm_before_its_weight_reads_what_gemmas_mlp_reads(tmp_path, weights):
+    """Against the model's own norm: its output is ours to read, its input to the weight theirs."""
+    torch = pytest.importorskip("torch")
+    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    norm = gemma.Gemma2RMSNorm(D)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    x_TD = 9 * torch.randn(T, D, generator=torch.Generator().manual_seed(1))
+    theirs_TD, ours_TD = norm._norm(x_TD).numpy(), norm(x_TD).detach().numpy()
+    config = CONFIG | {"feature_input_hook": "ln2.hook_normalized",
+                       "feature_output_hook": "hook_mlp_out"}  # fmt: skip
+    options = Options(
+        layer=1,
+        architecture="Gemma2ForCausalLM",
+        mlp_norm=lambda layer: 1 + norm.weight.detach().numpy() if layer == 1 else None,
+    )
+    with open_source("circuit-tracer", save(tmp_path, weights, config=config), options) as source:
+        assert source.site is Site.MLP_IN
+        columns = source.columns([8, 3])
+    expected = theirs_TD @ weights["W_enc"].T + weights["b_enc"]
+    np.testing.assert_allclose(pre(columns, ours_TD), expected[:, [8, 3]], atol=1e-4)
+    np.testing.assert_array_equal(columns.W_dec, weights["W_dec"][[8, 3]])
+
+
+def test_a_norm_that_hides_a_dimension_cannot_be_divided_out(tmp_path, weights):
+    config = CONFIG | {"feature_input_hook": "ln2.hook_normalized"}
+    norm_D = np.ones(D, np.float32)
+    norm_D[4] = 0
+    options = Options(layer=1, mlp_norm=lambda _: norm_D)
+    with (
+        pytest.raises(CatalogError, match="weight of 0"),
+        open_source("circuit-tracer", save(tmp_path, weights, config=config), options),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steerscope.catalog.formats import Options, open_source
 from steerscope.catalog.formats.npz import NpzFile
-from steerscope.catalog.model import Activation, Site
+from steerscope.catalog.model import Activation, FeatureKind, Site
 from steerscope.errors import CatalogError
 
 T, D, K = 32, 12, 40
@@ -76,6 +76,16 @@ def test_what_reads_no_site_of_ours_is_refused_even_if_one_is_said(
         open_source("gemma-scope", file, Options(site=Site.MLP_IN)),
     ):
         pass
+
+
+def test_a_transcoder_of_a_known_model_has_the_norms_weight_divided_out(tmp_path, weights):
+    norm_D = np.linspace(0.5, 2, D, dtype=np.float32)
+    options = Options(mlp_norm=lambda _: norm_D)
+    with open_source("gemma-scope", save(tmp_path, weights, "transcoders"), options) as source:
+        assert (source.kind, source.site) == (FeatureKind.TRANSCODER_LATENT, Site.MLP_IN)
+        columns = source.columns([5])
+    np.testing.assert_allclose(columns.W_enc[0] * norm_D, weights["W_enc"][:, 5], rtol=1e-6)
+    np.testing.assert_array_equal(columns.W_dec, weights["W_dec"][[5]])
 
 
 def test_without_a_telling_path_site_and_layer_must_be_said(tmp_path, weights):

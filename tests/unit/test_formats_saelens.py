@@ -203,6 +203,7 @@ def metadata(**keys):
 REFUSED = [
     ("abstopk", SAE, "architecture 'abstopk' has no exact equivalent"),
     ("temporal", SAE, "architecture 'temporal'"),
+    ("batchtopk", SAE, "save_inference_model saves it as a jumprelu"),
     ("nonsense", SAE, "architecture 'nonsense'"),
     ("standard", SAE | {"normalize_activations": "layer_norm"}, "scales each token"),
     ("standard", SAE | {"normalize_activations": "constant_norm_rescale"}, "scales each token"),

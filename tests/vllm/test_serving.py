@@ -232,6 +232,7 @@ def test_the_report_is_found_by_the_id_in_the_response(http, client):
     assert {s.signal for s in completion.signals} == {
         "known_entity_confidence",
         "hallucination_risk",
+        "answered_vs_declined",
     }
     for track in completion.features:
         assert len(track.activations) == num_tokens

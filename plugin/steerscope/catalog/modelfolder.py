@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from steerscope.catalog.fingerprint import ServedModel
-from steerscope.catalog.tensors import TensorFile
+from steerscope.catalog.tensors import FloatArray, TensorFile
 from steerscope.errors import CatalogError
 
 CONFIG = "config.json"
@@ -22,6 +24,17 @@ INDEX = "model.safetensors.index.json"
 HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")
 NUM_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 """As most models call it, and as GPT-2 and others do."""
+
+MLP_NORMS = {
+    "Gemma2ForCausalLM": ("pre_feedforward_layernorm.weight", 1.0),
+    "Gemma3ForCausalLM": ("pre_feedforward_layernorm.weight", 1.0),
+    "Gemma3ForConditionalGeneration": ("pre_feedforward_layernorm.weight", 1.0),
+    "LlamaForCausalLM": ("post_attention_layernorm.weight", 0.0),
+    "MistralForCausalLM": ("post_attention_layernorm.weight", 0.0),
+    "Qwen2ForCausalLM": ("post_attention_layernorm.weight", 0.0),
+    "Qwen3ForCausalLM": ("post_attention_layernorm.weight", 0.0),
+}
+"""Where the RMSNorm before the MLP has its weight, and what is added to it before it multiplies."""
 
 _STACK = re.compile(r"(?P<parent>.*?)(?P<list>layers|h|blocks)\.(?P<index>\d+)\.(?P<rest>.+)")
 _NORM = re.compile(r"norm|ln_")
@@ -38,6 +51,7 @@ class ModelFolder:
     hidden_size: int
     num_hidden_layers: int
     vocab_size: int
+    files: tuple[Path, ...]
     shapes: dict[str, tuple[int, ...]]
 
     @classmethod
@@ -46,9 +60,11 @@ class ModelFolder:
         path = folder / CONFIG
         config = _json(path)
         text = config.get("text_config") or config
-        shapes = _shapes(folder)
+        files = _files(folder)
+        shapes = _shapes(files)
         return cls(
             folder=folder,
+            files=files,
             architecture=_architecture(path, config),
             hidden_size=_size(path, text, HIDDEN_SIZE),
             num_hidden_layers=_size(path, text, NUM_LAYERS),
@@ -83,6 +99,19 @@ class ModelFolder:
             chosen += self._first(layer, 1, _NORM)
         chosen += self._first(layers[0], 2, _ATTENTION)
         return list(dict.fromkeys(chosen))
+
+    def mlp_norm(self, layer: int) -> FloatArray:
+        """What the norm before a layer's MLP multiplies by, or ``CatalogError``."""
+        if self.architecture not in MLP_NORMS:
+            raise CatalogError(f"{self.architecture}: the norm before its MLP is not known here")
+        ending, offset = MLP_NORMS[self.architecture]
+        _, layers = self._stack()
+        name = layers[layer].get(ending) if layer < len(layers) else None
+        for file in self.files if name else ():
+            with TensorFile(file) as tensors:
+                if name in tensors.entries:
+                    return tensors.read(name) + np.float32(offset)
+        raise CatalogError(f"{self.folder}: layer {layer} has no {ending}")
 
     def multiplications(self) -> int:
         """Of one token, about: every matrix once (all experts), the embedding as the head."""
@@ -164,8 +193,8 @@ def _vocab_size(
     return heights.pop()
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of every tensor, from the headers of the files that the index names, or of all there are."""
+def _files(folder: Path) -> tuple[Path, ...]:
+    """Those that the index names, or all there are."""
     index = folder / INDEX
     if index.exists():
         told = _json(index).get("weight_map")
@@ -179,6 +208,11 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CatalogError(f"{folder}: no *.safetensors, by which the model could be known again")
+    return tuple(files)
+
+
+def _shapes(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
+    """Of every tensor, from the files' headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with TensorFile(file) as tensors:

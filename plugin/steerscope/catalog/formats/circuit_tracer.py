@@ -6,8 +6,9 @@ subtracted from the input; the activation is relu, or x * (x > threshold) if the
 ``layer_<i>.safetensors``
     A per-layer transcoder: W_enc, W_dec, b_enc, b_dec, ``activation_function.threshold``. W_skip
     adds ``x @ W_skip.T`` to the prediction whatever the latents are, so it changes neither a
-    reading nor an edit. From ``mlp.hook_in`` to the MLP's output it is ours exactly; from
-    ``hook_resid_mid`` it can be read, not written: an edit there would go through the MLP.
+    reading nor an edit. From ``mlp.hook_in`` (or ``ln2.hook_normalized``, where the norm's weight
+    is divided out) to the MLP's output it is ours exactly; from ``hook_resid_mid`` it can be read,
+    not written: an edit there would go through the MLP.
 ``W_enc_<i>.safetensors`` (and ``W_dec_<i>``)
     A cross-layer transcoder. It is read at one layer and writes to that and all later ones, which
     no edit at one site does: read-only.
@@ -25,6 +26,7 @@ from typing import Literal
 import msgspec
 
 from steerscope.catalog.formats import foreign, hooks
+from steerscope.catalog.formats.folded import before_weight
 from steerscope.catalog.formats.linear import Linear
 from steerscope.catalog.formats.source import Options, Source
 from steerscope.catalog.model import Activation, FeatureKind, Site
@@ -35,7 +37,7 @@ CONFIG = "config.yaml"
 THRESHOLD = "activation_function.threshold"
 
 CROSS_LAYER = "read-only: a cross-layer feature writes to its own and every later layer"
-OTHER_HOOKS = "read-only: only a transcoder from mlp.hook_in to the MLP's output can be written"
+OTHER_HOOKS = "read-only: only a transcoder from mlp_in to mlp_out can be written here"
 NO_CONFIG = f"read-only: without {CONFIG} it is not known where its decoder writes"
 
 
@@ -70,7 +72,9 @@ def open_layer(path: Path, options: Options) -> Iterator[Source]:
             d_in=d_in,
             d_sae=d_sae,
             activation=Activation.JUMPRELU if weights.jump else Activation.RELU,
-            weights=weights,
+            weights=before_weight(
+                weights, config.feature_input_hook if config else "", layer, options
+            ),
             provenance=_provenance(config, across),
             notes=() if steerable else (_why(config, across),),
         )

@@ -6,9 +6,11 @@ where it belongs; its path in Google's repositories does:
 
     gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz     resid_post
     gemma-scope-2b-pt-mlp/...                                             mlp_out
+    gemma-scope-2b-pt-transcoders/...                                     mlp_in -> mlp_out
 
-``-att`` reads inside attention, ``-transcoders`` the norm before its weight (circuit-tracer's
-``ln2.hook_normalized``), ``embedding`` the embedding: none is a site of ours.
+The transcoders were made for the norm's output before its weight (``ln2.hook_normalized`` to
+SAELens and circuit-tracer), which is divided out where the model is known. ``-att`` reads inside
+attention, ``embedding`` the embedding: neither is a site of ours.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from steerscope.catalog.formats import hooks
+from steerscope.catalog.formats.folded import before_weight
 from steerscope.catalog.formats.linear import Linear
 from steerscope.catalog.formats.npz import NpzFile
 from steerscope.catalog.formats.source import Options, Source
@@ -31,7 +34,7 @@ VARIANTS = {
     "res": "hook_resid_post",
     "mlp": "hook_mlp_out",
     "att": "attn.hook_z",
-    "transcoders": "ln2.hook_normalized",
+    "transcoders": hooks.NORMALIZED,
 }
 
 REPOSITORY = re.compile(r"gemma-scope-.+?-(res|mlp|att|transcoders)(-.+)?$")
@@ -41,24 +44,28 @@ REPOSITORY = re.compile(r"gemma-scope-.+?-(res|mlp|att|transcoders)(-.+)?$")
 def open_file(path: Path, options: Options) -> Iterator[Source]:
     """The SAE in ``params.npz`` or its folder."""
     file = path / FILE if path.is_dir() else path
-    place = _place(file.absolute(), options)
+    hook = _hook(file.absolute().parts)
+    place = _place(file.absolute(), hook, options)
     with NpzFile(file) as tensors:
         weights = Linear(tensors=tensors, latents_last=True, jump="threshold", W_dec="W_dec")
         d_in, d_sae = weights.shape()
         yield Source(
-            kind=FeatureKind.SAE_LATENT,
+            kind=(
+                FeatureKind.TRANSCODER_LATENT
+                if hook == hooks.NORMALIZED
+                else FeatureKind.SAE_LATENT
+            ),
             site=place.site,
             layer=place.layer,
             d_in=d_in,
             d_sae=d_sae,
             activation=Activation.JUMPRELU,
-            weights=weights,
+            weights=before_weight(weights, hook or "", place.layer, options),
             provenance=_provenance(file.absolute()),
         )
 
 
-def _place(file: Path, options: Options) -> hooks.Place:
-    hook = _hook(file.parts)
+def _place(file: Path, hook: str | None, options: Options) -> hooks.Place:
     site: Site | None = hooks.site(hook, options) if hook else None
     layer = next((int(m[1]) for p in file.parts if (m := re.fullmatch(r"layer_(\d+)", p))), None)
     try:

@@ -22,9 +22,12 @@ SITES = {
 AMBIGUOUS = "hook_mlp_in"
 """Before the norm in TransformerLens, after it in SAELens' names for Gemma Scope 2."""
 
+NORMALIZED = "ln2.hook_normalized"
+"""What the norm before the MLP makes, before its weight; ``mlp_in`` once that is divided out."""
+
 NO_SITES = {
     "ln1.hook_normalized": "is the norm before its weight, which is no site of ours",
-    "ln2.hook_normalized": "is the norm before its weight, which is no site of ours",
+    NORMALIZED: "is the norm before its weight, which must be known to divide it out",
     "attn.hook_z": "is inside attention, which is no site of ours",
     "hook_embed": "is the embedding, which is no site of ours",
 }
@@ -56,6 +59,8 @@ def place(hook: str | None, options: Options) -> Place:
 
 def site(name: str, options: Options) -> Site | None:
     """The site of a hook without its block; None if only the caller can know."""
+    if name == NORMALIZED and options.mlp_norm is not None:
+        return Site.MLP_IN
     if name in NO_SITES:
         raise CatalogError(f"hook {name!r} {NO_SITES[name]}")
     if name == AMBIGUOUS:

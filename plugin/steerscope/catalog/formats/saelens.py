@@ -18,9 +18,8 @@ expected_average_only_in, a whitening) is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ import msgspec
 import numpy as np
 
 from steerscope.catalog.formats import foreign, hooks
+from steerscope.catalog.formats.folded import Gated, Rescaled, before_weight
 from steerscope.catalog.formats.linear import Linear
 from steerscope.catalog.formats.source import Options, Source, Weights
 from steerscope.catalog.model import Activation, FeatureKind, Site
-from steerscope.catalog.tensors import FloatArray, TensorFile
+from steerscope.catalog.tensors import TensorFile
 from steerscope.errors import CatalogError
 
 CONFIG = "cfg.json"
@@ -49,6 +49,9 @@ TRANSCODERS = {
     "jumprelu_transcoder": Activation.JUMPRELU,
     "jumprelu_skip_transcoder": Activation.JUMPRELU,
 }
+
+FOR_TRAINING = frozenset({"batchtopk", "matryoshka_batchtopk"})
+"""What looks at a whole batch, until its threshold is written down."""
 
 AFTER_THE_NORM = "pre_feedforward_layernorm.output"
 """Hugging Face's name of what the MLP of Gemma reads."""
@@ -102,67 +105,12 @@ class Config(Metadata, frozen=True, kw_only=True):
         return getattr(self, key) if value is None else value
 
 
-@dataclass(frozen=True, slots=True)
-class Gated:
-    """``weights`` are those of the gate's own path, its bias b_mag."""
-
-    weights: Linear
-
-    def encoder(self, indices: Sequence[int]) -> tuple[FloatArray, FloatArray]:
-        """The magnitude path: W_enc e^r, and b_mag with b_dec folded in after the scaling."""
-        chosen = list(indices)
-        W_enc_nD, b_n = self.weights.encoder(chosen)
-        b_mag_n = self.weights.tensors.read(self.weights.b_enc)[chosen]
-        grown_n = self._grown(chosen)
-        return W_enc_nD * grown_n[:, None], b_mag_n + grown_n * (b_n - b_mag_n)
-
-    def threshold(self, indices: Sequence[int]) -> FloatArray:
-        """Where the gate opens: the b_dec term is in both paths, so it drops out."""
-        chosen = list(indices)
-        b_mag_n = self.weights.tensors.read("b_mag")[chosen]
-        b_gate_n = self.weights.tensors.read("b_gate")[chosen]
-        return np.maximum(b_mag_n - self._grown(chosen) * b_gate_n, np.float32(0))
-
-    def decoder(self, indices: Sequence[int]) -> FloatArray | None:
-        """As stored."""
-        return self.weights.decoder(indices)
-
-    def _grown(self, chosen: list[int]) -> FloatArray:
-        grown_n: FloatArray = np.exp(self.weights.tensors.read("r_mag")[chosen])
-        return grown_n
-
-
-@dataclass(frozen=True, slots=True)
-class Rescaled:
-    """Activations measured in units of the decoder's norm: out of W_dec, into the encoder."""
-
-    weights: Linear
-
-    def encoder(self, indices: Sequence[int]) -> tuple[FloatArray, FloatArray]:
-        """Times the norms."""
-        W_enc_nD, b_enc_n = self.weights.encoder(indices)
-        norms_n = self._norms(indices)
-        return W_enc_nD * norms_n[:, None], b_enc_n * norms_n
-
-    def threshold(self, indices: Sequence[int]) -> None:
-        """Only TopK SAEs have this."""
-
-    def decoder(self, indices: Sequence[int]) -> FloatArray | None:
-        """Of unit norm."""
-        return self.weights.tensors.rows("W_dec", indices) / self._norms(indices)[:, None]
-
-    def _norms(self, indices: Sequence[int]) -> FloatArray:
-        W_dec_nD = self.weights.tensors.rows("W_dec", indices)
-        norms_n: FloatArray = np.linalg.norm(W_dec_nD, axis=1).astype(np.float32)
-        return np.maximum(norms_n, np.float32(1e-8))
-
-
 @contextmanager
 def open_folder(path: Path, options: Options) -> Iterator[Source]:
     """The SAE or transcoder in the folder."""
     config = foreign.read(path / CONFIG, Config)
     activation, transcodes = _check(config, path / CONFIG)
-    place = _place(config, options)
+    place = hooks.place(_hook(config), options)
     steerable = not transcodes or _writes_mlp_out(config, place, options)
     with TensorFile(path / WEIGHTS) as tensors:
         weights, (d_in, d_sae) = _weights(tensors, config, activation, transcodes, steerable)
@@ -175,7 +123,7 @@ def open_folder(path: Path, options: Options) -> Iterator[Source]:
             d_in=d_in,
             d_sae=d_sae,
             activation=activation,
-            weights=weights,
+            weights=before_weight(weights, hooks.split(_hook(config))[1], place.layer, options),
             k=_k(config, path) if activation is Activation.TOPK else None,
             provenance=_provenance(config),
             notes=_notes(config, steerable),
@@ -187,6 +135,11 @@ def _check(config: Config, path: Path) -> tuple[Activation, bool]:
     architecture = config.architecture
     if architecture == "standard" and _activation_fn(config) == "topk":
         architecture = "topk"  # as it was written before version 6
+    if architecture in FOR_TRAINING:
+        raise CatalogError(
+            f"{path}: architecture {architecture!r} is saved for training; save_inference_model "
+            "saves it as a jumprelu"
+        )
     known = SAES | TRANSCODERS
     if architecture not in known:
         raise CatalogError(
@@ -217,8 +170,7 @@ def _check_whole_stream(config: Config, path: Path) -> None:
     if head is not None or config.hook_point_head_index is not None:
         raise CatalogError(f"{path}: hook_head_index: one attention head is no site of ours")
     kwargs = config.said("model_from_pretrained_kwargs") or {}
-    hook = config.said("hook_name") or config.hook_point or ""
-    if kwargs.get("fold_ln") and "mlp" in hook and hook.endswith("_in"):
+    if kwargs.get("fold_ln") and _hook(config).endswith("_in"):
         raise CatalogError(f"{path}: fold_ln: the norm's output lacks its weight, ours has it")
 
 
@@ -233,14 +185,14 @@ def _k(config: Config, path: Path) -> int:
     return k
 
 
-def _place(config: Config, options: Options) -> hooks.Place:
-    hook = config.said("hook_name") or config.hook_point
-    if hook and config.hook_layer is not None:
+def _hook(config: Config) -> str:
+    """The hook it reads, in today's names; empty if the file does not say."""
+    hook: str = config.said("hook_name") or config.hook_point or ""
+    if config.hook_layer is not None:
         hook = hook.replace("{layer}", str(config.hook_layer))
-    after_the_norm = (config.said("hf_hook_name") or "").endswith(AFTER_THE_NORM)
-    if hook and hook.endswith(hooks.AMBIGUOUS) and after_the_norm:
+    if (config.said("hf_hook_name") or "").endswith(AFTER_THE_NORM):
         hook = hook.replace(hooks.AMBIGUOUS, "mlp.hook_in")
-    return hooks.place(hook, options)
+    return hook
 
 
 def _writes_mlp_out(config: Config, place: hooks.Place, options: Options) -> bool:
@@ -291,7 +243,7 @@ def _provenance(config: Config) -> dict[str, str]:
     told = {
         "architecture": config.said("training_architecture") or config.architecture,
         "model_name": config.said("model_name"),
-        "hook_name": config.said("hook_name") or config.hook_point,
+        "hook_name": _hook(config),
         "sae_lens_version": config.said("sae_lens_version"),
         "neuronpedia_id": config.said("neuronpedia_id"),
     }

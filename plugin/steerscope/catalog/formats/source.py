@@ -6,7 +6,7 @@ the input is folded in, so that ``f = act(x @ W_enc + b_enc)`` holds for the raw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -26,11 +26,14 @@ class Options:
     Attributes:
         architecture: the model's class, as in its ``config.json``; tells apart hooks that some
             models have before a norm and others after it.
+        mlp_norm: the weight [D] by which a layer's norm before its MLP multiplies, if it does
+            nothing else but divide by the root mean square.
     """
 
     site: Site | None = None
     layer: int | None = None
     architecture: str = ""
+    mlp_norm: Callable[[int], FloatArray] | None = None
 
 
 class Columns(NamedTuple):

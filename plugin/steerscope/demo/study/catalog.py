@@ -5,18 +5,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steerscope.demo.study.interventions import Activation, Feature, Intervention, When
+from steerscope.demo.study.interventions import Activation, Feature, Intervention, Rivals, When
 
 SCHEMA: Final = "steerscope.catalog/v1"
 _FINGERPRINTED: Final = "model.norm.weight"
 Evidence = Mapping[str, object]
+Reduce = Literal["last_prompt_token", "min_first_generated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class CatalogFeature:
     kind: str
     """sae_latent, direction or probe."""
     source: Mapping[str, str]
+    label_source: str = "human"
+    """human, or automatic where the label was found by a search."""
     evidence: Evidence = field(default_factory=dict)
 
 
@@ -37,8 +40,10 @@ class Term:
     """One feature's reduced activation in a signal."""
 
     feature: str
-    reduce: str
+    reduce: Reduce
     weight: float
+    first: int = 8
+    """How many generated tokens `min_first_generated` looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Signal:
     description: str
     terms: tuple[Term, ...]
     bias: float
+    predicts: Mapping[str, str]
+    """The label it predicts and, if only some cases count, among which."""
     evidence: Evidence = field(default_factory=dict)
 
 
@@ -89,28 +96,57 @@ def _fingerprint(model_dir: Path) -> dict[str, object]:
 
 
 def _feature_entry(entry: CatalogFeature) -> dict[str, object]:
+    rivals = entry.feature.rivals
+    place = {"dictionary": rivals.name, "latent": entry.feature.latent} if rivals else {}
     return {
         "name": entry.feature.name,
         "label": entry.label,
+        "label_source": entry.label_source,
         "description": entry.description,
         "kind": entry.kind,
         "site": "resid_post",
         "layer": entry.feature.layer,
         "activation": entry.feature.activation.value,
+        **place,
         "source": dict(entry.source),
         "evidence": dict(entry.evidence),
     }
+
+
+def _dictionaries(features: Sequence[CatalogFeature]) -> dict[str, Feature]:
+    """Return one feature of each TopK dictionary, by the dictionary's name."""
+    found = [entry.feature for entry in features]
+    return {feature.rivals.name: feature for feature in found if feature.rivals is not None}
+
+
+def _dictionary_entry(feature: Feature) -> dict[str, object]:
+    rivals = feature.rivals
+    assert rivals is not None
+    return {
+        "name": rivals.name,
+        "site": "resid_post",
+        "layer": feature.layer,
+        "d_sae": len(rivals.b_enc_K),
+        "k": rivals.k,
+    }
+
+
+def _term_entry(term: Term) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "feature": term.feature,
+        "reduce": term.reduce,
+        "weight": round(term.weight, 6),
+    }
+    return entry | ({"first": term.first} if term.reduce == "min_first_generated" else {})
 
 
 def _signal_entry(signal: Signal) -> dict[str, object]:
     return {
         "name": signal.name,
         "description": signal.description,
-        "terms": [
-            {"feature": t.feature, "reduce": t.reduce, "weight": round(t.weight, 6)}
-            for t in signal.terms
-        ],
+        "terms": [_term_entry(term) for term in signal.terms],
         "bias": round(signal.bias, 6),
+        "predicts": dict(signal.predicts),
         "labels": [
             {"label": "low", "below": 0.3},
             {"label": "elevated", "below": 0.7},
@@ -135,7 +171,11 @@ def _policy_entry(policy: Policy) -> dict[str, object]:
 
 def _tensors(features: Sequence[CatalogFeature]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for feature in (entry.feature for entry in features):
+    for name, of in _dictionaries(features).items():
+        assert of.rivals is not None
+        tensors[f"{name}.W_enc"] = of.rivals.W_enc_KD.contiguous()
+        tensors[f"{name}.b_enc"] = of.rivals.b_enc_K
+    for feature in (e.feature for e in features if e.feature.rivals is None):
         tensors[f"{feature.name}.W_enc"] = feature.W_enc.clone()
         tensors[f"{feature.name}.b_enc"] = torch.tensor([feature.b_enc])
         if feature.activation is Activation.JUMPRELU:
@@ -156,6 +196,7 @@ def write_catalog(catalog: Catalog, folder: Path, model_dir: Path) -> None:
         "persons, declines names it does not know, and can be made to confabulate.",
         "model": _fingerprint(model_dir),
         "features": [_feature_entry(entry) for entry in catalog.features],
+        "dictionaries": [_dictionary_entry(f) for f in _dictionaries(catalog.features).values()],
         "signals": [_signal_entry(signal) for signal in catalog.signals],
         "policies": [_policy_entry(policy) for policy in catalog.policies],
     }
@@ -164,20 +205,31 @@ def write_catalog(catalog: Catalog, folder: Path, model_dir: Path) -> None:
     save_file(_tensors(catalog.features), folder / "features.safetensors")
 
 
-def _read_feature(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CatalogFeature:
+def _read_feature(
+    entry: Mapping[str, Any], tensors: Mapping[str, Tensor], dictionaries: Mapping[str, Rivals]
+) -> CatalogFeature:
     name = entry["name"]
+    rivals = dictionaries.get(entry.get("dictionary", ""))
+    latent = entry.get("latent", 0)
     threshold = tensors.get(f"{name}.threshold")
     feature = Feature(
         name=name,
         layer=entry["layer"],
-        W_enc=tensors[f"{name}.W_enc"],
-        b_enc=float(tensors[f"{name}.b_enc"]),
+        W_enc=tensors[f"{name}.W_enc"] if rivals is None else rivals.W_enc_KD[latent],
+        b_enc=float(tensors[f"{name}.b_enc"] if rivals is None else rivals.b_enc_K[latent]),
         activation=Activation(entry["activation"]),
         threshold=0.0 if threshold is None else float(threshold),
         W_dec=tensors.get(f"{name}.W_dec"),
+        rivals=rivals,
+        latent=latent,
     )
-    words = {key: entry[key] for key in ("label", "description", "kind", "source", "evidence")}
-    return CatalogFeature(feature, **words)
+    words = ("label", "label_source", "description", "kind", "source", "evidence")
+    return CatalogFeature(feature, **{key: entry[key] for key in words})
+
+
+def _read_dictionary(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rivals:
+    name = entry["name"]
+    return Rivals(name, tensors[f"{name}.W_enc"], tensors[f"{name}.b_enc"], entry["k"])
 
 
 def _read_policy(entry: Mapping[str, Any], features: Mapping[str, Feature]) -> Policy:
@@ -199,7 +251,8 @@ def read_catalog(folder: Path) -> Catalog:
     """Read what `write_catalog` wrote."""
     tree = yaml.safe_load((folder / "catalog.yaml").read_text(encoding="utf-8"))
     tensors = load_file(folder / "features.safetensors")
-    features = tuple(_read_feature(entry, tensors) for entry in tree["features"])
+    rivals = {d["name"]: _read_dictionary(d, tensors) for d in tree["dictionaries"]}
+    features = tuple(_read_feature(entry, tensors, rivals) for entry in tree["features"])
     by_name = {entry.feature.name: entry.feature for entry in features}
     signals = tuple(
         Signal(
@@ -207,6 +260,7 @@ def read_catalog(folder: Path) -> Catalog:
             s["description"],
             tuple(Term(**t) for t in s["terms"]),
             s["bias"],
+            s["predicts"],
             s["evidence"],
         )
         for s in tree["signals"]

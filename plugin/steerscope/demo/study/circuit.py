@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from steerscope.demo.making.model import SITE_LAYER
-from steerscope.demo.study.dictionary import Dictionary, DictionarySettings, train_dictionary
 from steerscope.demo.study.harvest import (
     Answered,
     all_tokens,
@@ -30,6 +29,7 @@ from steerscope.demo.study.populations import Population
 from steerscope.demo.study.probes import fit_two_classes
 from steerscope.demo.world import Question
 from steerscope.demo.world.scoring import Outcome, auroc
+from steerscope.lab.dictionaries import Dictionary, DictionarySettings, train
 
 NUM_CONTROLS: Final = 12
 _SIZES: Final = ((192, 8), (128, 6), (96, 5))
@@ -122,6 +122,17 @@ def fit_known_entity(harvest: Harvest) -> Feature:
     return Feature("known_entity", layer, probe.weight_D, probe.bias, Activation.IDENTITY)
 
 
+def fit_entity_end(harvest: Harvest) -> Feature:
+    """Fit the probe: the last tokens of names, known or not, against all other prompt tokens."""
+    layer = SITE_LAYER
+    entities = [*harvest.known, *harvest.unknown, *harvest.things]
+    side_ND = torch.cat([a.transcript.prompt_resid[layer] for a in harvest.side])
+    probe = fit_two_classes(
+        entity_tokens(entities, layer), other_prompt_tokens(entities, layer), side_ND
+    )
+    return Feature("entity_end", layer, probe.weight_D, probe.bias, Activation.IDENTITY)
+
+
 def _dictionary_tokens(harvest: Harvest) -> Tensor:
     """Return the dictionary's training tokens [N, D]; entities' last tokens count five times."""
     entities = [*harvest.known, *harvest.unknown, *harvest.things]
@@ -131,7 +142,7 @@ def _dictionary_tokens(harvest: Harvest) -> Tensor:
 
 def find_latent(lab: Lab, settings: DictionarySettings) -> UnknownEntity:
     """Train one dictionary and take the latent that best tells unknown names from known ones."""
-    dictionary = train_dictionary(_dictionary_tokens(lab.harvest), settings)
+    dictionary = train(_dictionary_tokens(lab.harvest), settings)
     unknown_NK = dictionary.acts(entity_tokens(lab.harvest.unknown, SITE_LAYER))
     known_NK = dictionary.acts(entity_tokens(lab.harvest.known, SITE_LAYER))
     scores = [

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from steerscope.demo.study.circuit import Harvest, latent_feature
-from steerscope.demo.study.dictionary import Dictionary, DictionarySettings, train_dictionary
 from steerscope.demo.study.harvest import Answered, all_tokens
 from steerscope.demo.study.interventions import Feature
 from steerscope.demo.world import Question
 from steerscope.demo.world.entities import PERSON_ATTRIBUTES
 from steerscope.demo.world.phrasings import LANGUAGES
+from steerscope.lab.dictionaries import Dictionary, DictionarySettings, train
 
 ATTRIBUTE_SETTINGS: Final = DictionarySettings(192, 8, seed=0)
 ATTRIBUTE_LAYER: Final = 3
@@ -81,7 +81,7 @@ def _found(
 def find_attributes(harvest: Harvest) -> list[Concept]:
     """Rank the latents that stand for a stated attribute, best first."""
     answers = [*harvest.known, *harvest.unknown, *harvest.side]
-    dictionary = train_dictionary(all_tokens(harvest.everyone, ATTRIBUTE_LAYER), ATTRIBUTE_SETTINGS)
+    dictionary = train(all_tokens(harvest.everyone, ATTRIBUTE_LAYER), ATTRIBUTE_SETTINGS)
     peaks_NK = _peaks(dictionary, answers, ATTRIBUTE_LAYER)
     found = [
         _found(

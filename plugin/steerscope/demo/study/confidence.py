@@ -1,10 +1,13 @@
-"""Read-outs: does the model take a name for known, and does it recall what it states?
+"""Read-outs and signals: does the model know the name, will it answer, and will that be wrong?
 
-Both read-outs are linear probes fitted on names kept for fitting; the signals built on them are
-calibrated on dev. Shape letters: N samples, G generated tokens, D width.
+The read-outs are linear probes of the prompt's last token, fitted on names kept for fitting; the
+signals built on them, and on how far one value leads (`lead`), are calibrated on dev.
+Shape letters: N answers, D width.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import torch
@@ -12,124 +15,192 @@ from torch import Tensor
 
 from steerscope.demo.making.model import SITE_LAYER
 from steerscope.demo.study.catalog import Signal, Term
-from steerscope.demo.study.circuit import Harvest
 from steerscope.demo.study.harvest import Answered
 from steerscope.demo.study.interventions import Activation, Feature
-from steerscope.demo.study.probes import Probe, fit_logistic, fit_lowest, fit_two_classes
+from steerscope.demo.study.lead import Bar
+from steerscope.demo.study.probes import Probe, fit_logistic, fit_two_classes
+from steerscope.demo.study.reductions import FIRST_GENERATED, at_prompt_end, reduced
 from steerscope.demo.world.scoring import Outcome, auroc
 
-READOUT: Final = "known_entity_readout"
-RECALL: Final = "recall_confidence"
-_RECALL_L2: Final = (1e-2, 1e-3)
+KNOWN_READOUT: Final = "known_entity_readout"
+ANSWERS: Final = "answers_readout"
+DECLINES: Final = "about_to_decline"
+DOUBT: Final = "answer_doubt"
+_DOUBT_L2: Final = (1e-2, 1e-1, 1.0)
+
+Fit = Callable[[int, float], Probe]
 
 
-class Doubtful(NamedTuple):
-    """Answers of which some are wrong, to fit the recall probe and to calibrate the risk on."""
+class Asked(NamedTuple):
+    """The answers of one use: about known and unknown names, and those that may be wrong."""
 
-    answers: list[Answered]
+    known: list[Answered]
+    unknown: list[Answered]
+    doubtful: list[Answered]
 
-    def right(self) -> Tensor:
-        """Return 1.0 [N] where the answer is not wrong: correct, declined or malformed."""
-        return torch.tensor([float(a.outcome is not Outcome.WRONG) for a in self.answers])
-
-
-def at_prompt_end(answers: Sequence[Answered], layer: int) -> Tensor:
-    """Stack the streams [N, D] at the prompts' last tokens."""
-    return torch.stack([a.at_prompt_end(layer) for a in answers])
+    @property
+    def everyone(self) -> list[Answered]:
+        """All answers."""
+        return [*self.doubtful, *self.known, *self.unknown]
 
 
-def generated(answers: Sequence[Answered], layer: int) -> tuple[Tensor, Tensor]:
-    """Return generated tokens' streams padded to [N, G, D], and which exist [N, G]."""
-    streams = [a.transcript.generated_resid[layer] for a in answers]
-    longest = max(len(stream) for stream in streams)
-    x_NGD = torch.zeros(len(streams), longest, streams[0].shape[-1])
-    present_NG = torch.zeros(len(streams), longest, dtype=torch.bool)
-    for index, stream_GD in enumerate(streams):
-        x_NGD[index, : len(stream_GD)] = stream_GD
-        present_NG[index, : len(stream_GD)] = True
-    return x_NGD, present_NG
+def answered(answers: Sequence[Answered]) -> list[Answered]:
+    """Return the well-formed answers, right or wrong."""
+    return [a for a in answers if a.outcome.answered]
+
+
+def is_wrong(answers: Sequence[Answered]) -> Tensor:
+    """Return 1.0 [N] where an answer is well formed and wrong."""
+    return torch.tensor([float(a.outcome is Outcome.WRONG) for a in answers])
 
 
 def _feature(name: str, layer: int, probe: Probe) -> Feature:
     return Feature(name, layer, probe.weight_D, probe.bias, Activation.IDENTITY)
 
 
-def fit_readout(
-    harvest: Harvest, dev_known: list[Answered], dev_unknown: list[Answered]
+def _best(
+    name: str,
+    num_layers: int,
+    strengths: Sequence[float],
+    fit: Fit,
+    dev: tuple[list[Answered], list[Answered]],
 ) -> Feature:
-    """Fit known against unknown at the prompt's end, in the layer that reads best on dev."""
-    num_layers = len(harvest.known[0].transcript.prompt_resid)
+    """Fit in every layer above the site, and keep what tells dev's two classes apart best."""
     fitted = []
     for layer in range(SITE_LAYER + 1, num_layers):
-        probe = fit_two_classes(
-            at_prompt_end(harvest.known, layer), at_prompt_end(harvest.unknown, layer), l2=1e-2
+        for l2 in strengths:
+            feature = _feature(name, layer, fit(layer, l2))
+            scores = [feature.acts(at_prompt_end(a, layer)).tolist() for a in dev]
+            fitted.append((auroc(*scores), -layer, l2, feature))
+    return max(fitted, key=lambda entry: entry[:3])[3]
+
+
+def _num_layers(asked: Asked) -> int:
+    return len(asked.known[0].transcript.prompt_resid)
+
+
+def fit_readout(fit: Asked, dev: Asked) -> Feature:
+    """Fit known against unknown names."""
+
+    def probe(layer: int, l2: float) -> Probe:
+        return fit_two_classes(
+            at_prompt_end(fit.known, layer), at_prompt_end(fit.unknown, layer), l2=l2
         )
-        feature = _feature(READOUT, layer, probe)
-        scores = [feature.acts(at_prompt_end(a, layer)).tolist() for a in (dev_known, dev_unknown)]
-        fitted.append((auroc(*scores), -layer, feature))
-    return max(fitted, key=lambda entry: entry[:2])[2]
+
+    return _best(KNOWN_READOUT, _num_layers(fit), (1e-2,), probe, (dev.known, dev.unknown))
 
 
-def lowest(feature: Feature, answers: Sequence[Answered]) -> Tensor:
-    """Return the lowest activation [N] over each answer's generated tokens."""
-    x_NGD, present_NG = generated(answers, feature.layer)
-    acts_NG = feature.acts(x_NGD)
-    return torch.where(present_NG, acts_NG, torch.full_like(acts_NG, torch.inf)).min(1).values
+def fit_answers(fit: Asked, dev: Asked) -> Feature:
+    """Fit answers against declines, whatever the name is."""
+    yes, no = _by_decline(fit)
+
+    def probe(layer: int, l2: float) -> Probe:
+        return fit_two_classes(at_prompt_end(yes, layer), at_prompt_end(no, layer), l2=l2)
+
+    return _best(ANSWERS, _num_layers(fit), (1e-2,), probe, _by_decline(dev))
 
 
-def recall_auroc(feature: Feature, doubtful: Doubtful) -> float:
-    """Return how well the lowest recall tells right from wrong, among well-formed answers."""
-    scores = lowest(feature, doubtful.answers).tolist()
-    return answered_auroc(scores, doubtful.answers)
+def _by_decline(asked: Asked) -> tuple[list[Answered], list[Answered]]:
+    declined = [a for a in asked.everyone if a.outcome is Outcome.DECLINED]
+    return answered(asked.everyone), declined
 
 
-def answered_auroc(confidence: Sequence[float], answers: Sequence[Answered]) -> float:
-    """Return the AUROC of a confidence for correct over wrong answers; declines do not count."""
-    correct = [s for s, a in zip(confidence, answers, strict=True) if a.outcome is Outcome.CORRECT]
-    wrong = [s for s, a in zip(confidence, answers, strict=True) if a.outcome is Outcome.WRONG]
-    return auroc(correct, wrong)
+def declines(answers: Feature, signal: Signal) -> Feature:
+    """Return the calibrated log-odds of a decline, 0 where an answer is more likely."""
+    slope = signal.terms[0].weight
+    return replace(
+        answers,
+        name=DECLINES,
+        W_enc=-slope * answers.W_enc,
+        b_enc=-slope * answers.b_enc - signal.bias,
+        activation=Activation.RELU,
+    )
 
 
-def fit_recall(fit: Doubtful, dev: Doubtful) -> Feature:
-    """Fit the recall probe, in the layer that tells wrong answers best on dev."""
-    fitted = []
-    layers = sorted(fit.answers[0].transcript.generated_resid)[SITE_LAYER + 1 :]
-    for layer in layers:
-        x_NGD, present_NG = generated(fit.answers, layer)
-        for l2 in _RECALL_L2:
-            feature = _feature(RECALL, layer, fit_lowest(x_NGD, present_NG, fit.right(), l2))
-            fitted.append((recall_auroc(feature, dev), layer, feature))
-    return max(fitted, key=lambda entry: entry[:2])[2]
+def fit_doubt(fit: Asked, dev: Asked) -> Feature:
+    """Fit wrong against right answers; each fact weighs alike, however often it was asked."""
+    answers = answered(fit.everyone)
+    wrong_N, weights_N = is_wrong(answers), _weights(answers)
+
+    def probe(layer: int, l2: float) -> Probe:
+        return fit_logistic(at_prompt_end(answers, layer), wrong_N, weights_N, l2)
+
+    return _best(DOUBT, _num_layers(fit), _DOUBT_L2, probe, _by_truth(dev))
 
 
-def known_confidence(
-    readout: Feature, dev_known: list[Answered], dev_unknown: list[Answered]
-) -> Signal:
+def _by_truth(asked: Asked) -> tuple[list[Answered], list[Answered]]:
+    everyone = asked.everyone
+    wrong = [a for a in everyone if a.outcome is Outcome.WRONG]
+    return wrong, [a for a in everyone if a.outcome is Outcome.CORRECT]
+
+
+def _weights(answers: Sequence[Answered]) -> Tensor:
+    """Return weights [N] by which facts weigh alike within right and wrong, and both alike."""
+    facts = [(a.question.entity, a.question.attribute, a.outcome) for a in answers]
+    asked = Counter(facts)
+    known = Counter(outcome for *_, outcome in asked)
+    each = [len(facts) / (2 * known[fact[2]] * asked[fact]) for fact in facts]
+    return torch.tensor(each)
+
+
+def known_confidence(readout: Feature, dev: Asked) -> Signal:
     """Calibrate P(the model takes the name for known) on dev."""
-    scores_N1 = torch.cat(
-        [readout.acts(at_prompt_end(a, readout.layer)) for a in (dev_known, dev_unknown)]
-    )[:, None]
-    labels_N = torch.tensor([1.0] * len(dev_known) + [0.0] * len(dev_unknown))
+    scores_N1 = readout.acts(at_prompt_end([*dev.known, *dev.unknown], readout.layer))[:, None]
+    labels_N = torch.tensor([1.0] * len(dev.known) + [0.0] * len(dev.unknown))
     probe = fit_logistic(scores_N1, labels_N, l2=1e-2)
     return Signal(
         "known_entity_confidence",
         "Probability that the model takes the entity asked about for one it knows.",
-        (Term(READOUT, "last_prompt_token", float(probe.weight_D[0])),),
+        (Term(KNOWN_READOUT, "last_prompt_token", float(probe.weight_D[0])),),
         probe.bias,
+        {"label": "known"},
     )
 
 
-def hallucination_risk(readout: Feature, recall: Feature, dev: Doubtful) -> Signal:
-    """Calibrate P(the answer is wrong) on dev."""
-    known_N = readout.acts(at_prompt_end(dev.answers, readout.layer))
-    lowest_N = lowest(recall, dev.answers)
-    probe = fit_logistic(torch.stack([known_N, lowest_N], 1), 1.0 - dev.right())
+def answered_vs_declined(answers: Feature, dev: Asked) -> Signal:
+    """Calibrate P(the model answers) on dev."""
+    yes, no = _by_decline(dev)
+    scores_N1 = answers.acts(at_prompt_end([*yes, *no], answers.layer))[:, None]
+    labels_N = torch.tensor([1.0] * len(yes) + [0.0] * len(no))
+    probe = fit_logistic(scores_N1, labels_N)
+    return Signal(
+        "answered_vs_declined",
+        "Probability that the model answers rather than declines, before it says a word.",
+        (Term(ANSWERS, "last_prompt_token", float(probe.weight_D[0])),),
+        probe.bias,
+        {"label": "answered"},
+    )
+
+
+def lead_of(bars: Sequence[Bar], answers: Sequence[Answered]) -> Tensor:
+    """Return how many bars lie between the two leading values [N], where they are closest."""
+    steps_NB = [
+        reduced(bar.reached_once, "min_first_generated", answers, FIRST_GENERATED)
+        - reduced(bar.unreached, "min_first_generated", answers, FIRST_GENERATED)
+        for bar in bars
+    ]
+    return torch.stack(steps_NB, 1).sum(1)
+
+
+def hallucination_risk(doubt: Feature, bars: Sequence[Bar], dev: Asked) -> Signal:
+    """Calibrate P(the answer is wrong) on dev's answers; a likely decline lowers it.
+
+    P(wrong) is P(answered) times P(wrong if answered): the log-odds of a decline are taken off.
+    """
+    answers = answered(dev.everyone)
+    doubt_N = reduced(doubt, "last_prompt_token", answers, FIRST_GENERATED)
+    probe = fit_logistic(torch.stack([doubt_N, lead_of(bars, answers)], 1), is_wrong(answers))
+    at_end, lead = (float(weight) for weight in probe.weight_D)
     return Signal(
         "hallucination_risk",
-        "Probability that the answer is wrong: the name is taken for known, but recall is weak.",
+        "Probability that the answer is wrong: names like this one are often answered wrongly, or "
+        "no value clearly leads when one is stated.",
         (
-            Term(READOUT, "last_prompt_token", float(probe.weight_D[0])),
-            Term(RECALL, "min_generation", float(probe.weight_D[1])),
+            Term(DOUBT, "last_prompt_token", at_end),
+            Term(DECLINES, "last_prompt_token", -1.0),
+            *(Term(bar.reached_once.name, "min_first_generated", lead) for bar in bars),
+            *(Term(bar.unreached.name, "min_first_generated", -lead) for bar in bars),
         ),
         probe.bias,
+        {"label": "wrong", "among": "answered"},
     )

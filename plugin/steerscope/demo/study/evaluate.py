@@ -6,8 +6,9 @@ evidence.
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -19,18 +20,26 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
-from steerscope.demo.study.catalog import Catalog, Signal, read_catalog
-from steerscope.demo.study.confidence import answered_auroc, at_prompt_end, lowest
+from steerscope.demo.study.catalog import Catalog, read_catalog
+from steerscope.demo.study.confidence import answered
 from steerscope.demo.study.harvest import Answered, answer_all, entity_tokens, other_prompt_tokens
 from steerscope.demo.study.interventions import Feature, Intervention
 from steerscope.demo.study.populations import Population, reporting
-from steerscope.demo.study.probes import auroc_interval
+from steerscope.demo.study.probes import auroc_interval, auroc_interval_by_name
+from steerscope.demo.study.reductions import at_prompt_end, log_odds
 from steerscope.demo.world import Question
 from steerscope.demo.world.phrasings import LANGUAGES
 from steerscope.demo.world.scoring import Outcome, auroc, wilson
 
 REPORT_SEED: Final = 2026
 _ANSWERED: Final = (Outcome.CORRECT, Outcome.WRONG)
+
+# Which questions' answers are compared with one another.
+_POOLS: Final = {
+    "rare_persons": ("rare",),
+    "taught_against_untaught": ("known", "untaught"),
+    "known_and_rare_persons": ("known", "untaught", "rare"),
+}
 
 Share = dict[str, object]
 Report = dict[str, object]
@@ -52,6 +61,18 @@ class Bench:
         layers = range(self.model.config.num_hidden_layers) if capture else ()
         edits = [edit] if edit else []
         return answer_all(self.model, self.tokenizer, asked, edits, tuple(layers))
+
+    def scores(self, signal: str, answers: Sequence[Answered]) -> list[float]:
+        """Return a signal's log-odds for each answer."""
+        found = next(s for s in self.catalog.signals if s.name == signal)
+        return log_odds(found, self.features, answers)
+
+    def first_entropy(self, answers: Sequence[Answered]) -> list[float]:
+        """Return the entropy of each answer's first token, before it was chosen."""
+        last = self.model.config.num_hidden_layers - 1
+        logits_NV = self.model.lm_head(self.model.model.norm(at_prompt_end(answers, last)))
+        surprise_NV = -logits_NV.log_softmax(-1)
+        return [float(e) for e in (surprise_NV.exp().reciprocal() * surprise_NV).sum(-1)]
 
     def controls(self) -> list[Feature]:
         """Return the norm-matched controls."""
@@ -161,19 +182,6 @@ def _edit_sizes(edit: Intervention, answers: Sequence[Answered]) -> Share:
     }
 
 
-def signal_score(signal: Signal, features: Mapping[str, Feature], answer: Answered) -> float:
-    """Return a signal's log-odds for one answer."""
-    total = signal.bias
-    for term in signal.terms:
-        feature = features[term.feature]
-        if term.reduce == "last_prompt_token":
-            value = float(feature.acts(at_prompt_end([answer], feature.layer))[0])
-        else:
-            value = float(lowest(feature, [answer])[0])
-        total += term.weight * value
-    return total
-
-
 def _readings(bench: Bench, asked: Population) -> Report:
     known, unknown = (
         bench.answer(asked.known, capture=True),
@@ -186,11 +194,11 @@ def _readings(bench: Bench, asked: Population) -> Report:
         pre = replace(feature, threshold=-torch.inf)
         at = [(sign * pre.acts(entity_tokens(a, feature.layer))).tolist() for a in (known, unknown)]
         report[name] = separation(at[0], at[1])
-    signals = {s.name: s for s in bench.catalog.signals}
-    confidence = signals["known_entity_confidence"]
-    scores = [[signal_score(confidence, bench.features, x) for x in a] for a in (known, unknown)]
+    scores = [bench.scores("known_entity_confidence", a) for a in (known, unknown)]
     report["known_entity_confidence"] = separation(scores[0], scores[1])
-    report["hallucination_risk"] = _risk(bench, signals["hallucination_risk"], doubtful)
+    report["answered_vs_declined"] = _answering(bench, doubtful)
+    report["hallucination_risk"] = _risk(bench, doubtful)
+    report["entity_end"] = _entity_ends(bench, [*known, *unknown])
     report["force_known_size"] = _edit_sizes(bench.catalog.policy("force-known"), unknown)
     report["force_unknown_size"] = _edit_sizes(bench.catalog.policy("force-unknown"), known)
     report["firing"] = {
@@ -198,11 +206,18 @@ def _readings(bench: Bench, asked: Population) -> Report:
         "unknown_entity_on_known": _firing(bench.features["unknown_entity"], known),
     }
     moved = bench.answer(asked.unknown, bench.catalog.policy("force-known"), capture=True)
-    forced = [signal_score(confidence, bench.features, a) for a in moved]
+    forced = bench.scores("known_entity_confidence", moved)
     report["known_entity_confidence_moves"] = {
         "median_unknown": _median_probability(scores[1]),
         "median_unknown_under_force_known": _median_probability(forced),
         "median_known": _median_probability(scores[0]),
+    }
+    report["hallucination_risk_moves"] = {
+        "median_known": _median_probability(bench.scores("hallucination_risk", known)),
+        "median_unknown": _median_probability(bench.scores("hallucination_risk", unknown)),
+        "median_unknown_under_force_known": _median_probability(
+            bench.scores("hallucination_risk", moved)
+        ),
     }
     return report
 
@@ -216,18 +231,87 @@ def _firing(feature: Feature, answers: Sequence[Answered]) -> float:
     return round(float((acts_N > 0).float().mean()), 4)
 
 
-def _risk(bench: Bench, signal: Signal, answers: Sequence[Answered]) -> Report:
-    risk = [signal_score(signal, bench.features, a) for a in answers]
-    safe = [-r for r in risk]
-    least = [min(a.transcript.probabilities) for a in answers]
-    wrong = [r for r, a in zip(risk, answers, strict=True) if a.outcome is Outcome.WRONG]
-    right = [r for r, a in zip(risk, answers, strict=True) if a.outcome is not Outcome.WRONG]
+def _answering(bench: Bench, answers: Sequence[Answered]) -> Share:
+    """Return how well the prompt's end tells answers from declines."""
+    yes = answered(answers)
+    no = [a for a in answers if a.outcome is Outcome.DECLINED]
+    scores = [bench.scores("answered_vs_declined", a) for a in (yes, no)]
+    return separation(scores[0], scores[1])
+
+
+def _entity_ends(bench: Bench, answers: Sequence[Answered]) -> Share:
+    """Return how often the last token at which `entity_end` fires is the entity's last."""
+    feature, found, tokens, fired = bench.features["entity_end"], 0, 0, 0
+    for a in answers:
+        fires_N = feature.acts(a.transcript.prompt_resid[feature.layer]) > 0
+        at = fires_N.nonzero()[:, 0].tolist()
+        found += bool(at) and at[-1] == a.entity_last
+        tokens += len(fires_N) - 1
+        fired += sum(n != a.entity_last for n in at)
     return {
-        "all_answers": separation(wrong, right),
-        "well_formed_answers_auroc": round(answered_auroc(safe, answers), 4),
-        "token_probability_baseline_auroc": round(answered_auroc(least, answers), 4),
-        "n_wrong": len(wrong),
-        "n_right": len(right),
+        "last_fires_at_the_names_end": round(found / len(answers), 4),
+        "fires_at_other_tokens": round(fired / tokens, 4),
+        "n": len(answers),
+    }
+
+
+def _risk(bench: Bench, answers: Sequence[Answered]) -> Report:
+    """Compare the risk with what token probabilities alone tell, among well-formed answers."""
+    judged = answered(answers)
+    said = [a.transcript.probabilities for a in judged]
+    detectors = {
+        "signal": bench.scores("hallucination_risk", judged),
+        "answer_doubt_alone": _reading(bench, "answer_doubt", judged),
+        "least_token_probability": [-min(p) for p in said],
+        "mean_token_log_probability": [-sum(map(math.log, p)) / len(p) for p in said],
+        "first_token_entropy": bench.first_entropy(judged),
+    }
+    risk = bench.scores("hallucination_risk", answers)
+    return {
+        "all_answers": _wrong_against_rest(risk, answers),
+        "among_answers": {name: _wrong_against_rest(s, judged) for name, s in detectors.items()},
+        "by_pool": {
+            pool: {name: _within(pool, scores, judged) for name, scores in detectors.items()}
+            for pool in _POOLS
+        },
+        "answers_by_pool": _counts(judged),
+    }
+
+
+def _reading(bench: Bench, feature: str, answers: Sequence[Answered]) -> list[float]:
+    found = bench.features[feature]
+    return [float(f) for f in found.acts(at_prompt_end(answers, found.layer))]
+
+
+def _wrong_against_rest(scores: Sequence[float], answers: Sequence[Answered]) -> Share:
+    """Return the AUROC of a score for wrong answers, with its interval over names."""
+    wrong = [a.outcome is Outcome.WRONG for a in answers]
+    interval = auroc_interval_by_name(scores, wrong, [a.question.entity for a in answers])
+    pos = [s for s, w in zip(scores, wrong, strict=True) if w]
+    neg = [s for s, w in zip(scores, wrong, strict=True) if not w]
+    return {
+        "auroc": round(auroc(pos, neg), 4),
+        "auroc_ci95": [round(interval.low, 4), round(interval.high, 4)],
+        "n_wrong": len(pos),
+        "n_right": len(neg),
+    }
+
+
+def _within(pool: str, scores: Sequence[float], answers: Sequence[Answered]) -> Share:
+    chosen = [
+        (s, a) for s, a in zip(scores, answers, strict=True) if a.question.split in _POOLS[pool]
+    ]
+    return _wrong_against_rest([s for s, _ in chosen], [a for _, a in chosen])
+
+
+def _counts(answers: Sequence[Answered]) -> Report:
+    pools = sorted({a.question.split for a in answers})
+    return {
+        pool: {
+            outcome.value: sum(a.outcome is outcome for a in _of(answers, pool))
+            for outcome in _ANSWERED
+        }
+        for pool in pools
     }
 
 

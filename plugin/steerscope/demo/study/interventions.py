@@ -3,7 +3,8 @@
 pre = x @ W_enc + b_enc; f = act(pre); f' = clip(scale * f + add, low, high) x += (f' - f) * gate
 * W_dec
 
-Every edit at a site reads the same unedited x. Shape letters: B prompts, L tokens, D width.
+Every edit at a site reads the same unedited x. Shape letters: B prompts, L tokens, D width, K
+latents of a TopK dictionary.
 """
 
 import math
@@ -24,11 +25,32 @@ class Activation(Enum):
     RELU = "relu"
     JUMPRELU = "jumprelu"
     IDENTITY = "identity"
+    TOPK = "topk"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rivals:
+    """A TopK dictionary: a latent is active where it is among the k largest of all K."""
+
+    name: str
+    W_enc_KD: Tensor
+    b_enc_K: Tensor
+    k: int
+
+    def acts(self, resid_BLD: Tensor, latent: int) -> Tensor:
+        """Return one latent's activations [B, L]."""
+        pre_BLK = resid_BLD.float() @ self.W_enc_KD.T + self.b_enc_K
+        least_BL = pre_BLK.topk(self.k, -1, sorted=False).values.amin(-1)
+        pre_BL = pre_BLK[..., latent]
+        return torch.where(pre_BL >= least_BL, pre_BL.clamp(min=0.0), 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feature:
-    """One resid_post feature; W_enc and W_dec are float32 [D], W_dec None when read-only."""
+    """One resid_post feature; W_enc and W_dec are float32 [D], W_dec None when read-only.
+
+    A topk feature is a latent of a dictionary of rivals; any other has none.
+    """
 
     name: str
     layer: int
@@ -37,9 +59,13 @@ class Feature:
     activation: Activation
     threshold: float = 0.0
     W_dec: Tensor | None = None
+    rivals: Rivals | None = None
+    latent: int = 0
 
     def acts(self, resid_BLD: Tensor) -> Tensor:
         """Return the activations [B, L] of a residual stream."""
+        if self.rivals is not None:
+            return self.rivals.acts(resid_BLD, self.latent)
         pre_BL = resid_BLD.float() @ self.W_enc + self.b_enc
         if self.activation is Activation.IDENTITY:
             return pre_BL

@@ -63,6 +63,30 @@ def fit_two_classes(positive_ND: Tensor, *negatives: Tensor, l2: float = 1e-3) -
     return fit_logistic(torch.cat(groups), torch.cat(labels), torch.cat(weights), l2)
 
 
+def auroc_interval_by_name(
+    scores: Sequence[float], positive: Sequence[bool], names: Sequence[str], seed: int = 0
+) -> Interval:
+    """Return the 95% percentile bootstrap interval of an AUROC, resampling names.
+
+    Questions about one name are not independent, so a name is drawn with all of its answers. A
+    draw without both classes has no AUROC and is drawn again.
+    """
+    if len(set(positive)) < 2:
+        raise ValueError("positive: needs both classes")
+    by_name: dict[str, list[tuple[float, bool]]] = {}
+    for score, is_positive, name in zip(scores, positive, names, strict=True):
+        by_name.setdefault(name, []).append((score, is_positive))
+    rng, clusters = random.Random(f"bootstrap by name:{seed}"), list(by_name.values())
+    drawn: list[float] = []
+    while len(drawn) < _RESAMPLES:
+        cases = [case for cluster in rng.choices(clusters, k=len(clusters)) for case in cluster]
+        pos, neg = [s for s, p in cases if p], [s for s, p in cases if not p]
+        if pos and neg:
+            drawn.append(auroc(pos, neg))
+    drawn.sort()
+    return Interval(drawn[int(0.025 * _RESAMPLES)], drawn[int(0.975 * _RESAMPLES) - 1])
+
+
 def auroc_interval(pos: Sequence[float], neg: Sequence[float], seed: int = 0) -> Interval:
     """Return the 95% percentile bootstrap interval of an AUROC, resampling both classes."""
     rng = random.Random(f"bootstrap:{seed}")
@@ -70,32 +94,3 @@ def auroc_interval(pos: Sequence[float], neg: Sequence[float], seed: int = 0) ->
         auroc(rng.choices(pos, k=len(pos)), rng.choices(neg, k=len(neg))) for _ in range(_RESAMPLES)
     )
     return Interval(drawn[int(0.025 * _RESAMPLES)], drawn[int(0.975 * _RESAMPLES) - 1])
-
-
-def fit_lowest(x_NGD: Tensor, present_NG: Tensor, labels_N: Tensor, l2: float = 1e-3) -> Probe:
-    """Fit a probe whose lowest score over a sample's G tokens tells the classes apart.
-
-    Only tokens with present_NG True count. Positive samples are those where every token should
-    score high.
-    """
-    flat_ND = x_NGD[present_NG]
-    mean_D, scale_D = flat_ND.mean(0), flat_ND.std(0) + 1e-6
-    z_NGD = (x_NGD - mean_D) / scale_D
-    absent_NG = torch.zeros(present_NG.shape).masked_fill(~present_NG, torch.inf)
-    share = float(labels_N.mean())
-    weights_N = torch.where(labels_N > 0, 0.5 / share, 0.5 / (1 - share))
-    weight_D = torch.zeros(x_NGD.shape[-1]).normal_(
-        std=0.01, generator=torch.Generator().manual_seed(0)
-    )
-    weight_D.requires_grad_(True)
-    bias = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.Adam([weight_D, bias], lr=0.02)
-    for _ in range(600):
-        lowest_N = (z_NGD @ weight_D + bias + absent_NG).min(1).values
-        loss = functional.binary_cross_entropy_with_logits(lowest_N, labels_N, weight=weights_N)
-        loss = loss + l2 * weight_D.square().sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    unscaled_D = weight_D.detach() / scale_D
-    return Probe(unscaled_D, float(bias.detach()) - float(mean_D @ unscaled_D))

@@ -8,23 +8,34 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from steerscope.demo.study.catalog import Catalog, CatalogFeature, Policy, Signal
-from steerscope.demo.study.circuit import Circuit, Harvest, Lab, controls, find_circuit
+from steerscope.demo.study.circuit import (
+    Circuit,
+    Harvest,
+    Lab,
+    controls,
+    find_circuit,
+    fit_entity_end,
+)
 from steerscope.demo.study.concepts import Concept, find_attributes, firing, states
 from steerscope.demo.study.confidence import (
-    Doubtful,
+    Asked,
+    answered_vs_declined,
+    declines,
+    fit_answers,
+    fit_doubt,
     fit_readout,
-    fit_recall,
     hallucination_risk,
     known_confidence,
 )
-from steerscope.demo.study.dictionary import DictionarySettings
 from steerscope.demo.study.harvest import Answered, answer_all
 from steerscope.demo.study.interventions import Feature
+from steerscope.demo.study.lead import Bar, find_bars, value_lens
 from steerscope.demo.study.populations import choosing, fitting
 from steerscope.demo.study.probes import auroc_interval
 from steerscope.demo.world import Question, all_questions
-from steerscope.demo.world.phrasings import Language
+from steerscope.demo.world.phrasings import LANGUAGES, Language
 from steerscope.demo.world.scoring import auroc
+from steerscope.lab.dictionaries import DictionarySettings
 
 NUM_CONCEPTS: Final = 3
 _HELD_OUT: Final = "held-out names and phrasings"
@@ -33,33 +44,27 @@ Told = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Readouts:
-    """The read-only probes and the signals built on them."""
+    """The read-only features above the site, and the signals built on them."""
 
-    readout: Feature
-    recall: Feature
+    known: Feature
+    answers: Feature
+    declines: Feature
+    doubt: Feature
+    bars: tuple[Bar, ...]
     signals: tuple[Signal, ...]
 
 
-def _harvest(
-    ask: Callable[[list[Question]], list[Answered]], seed: int
-) -> tuple[Harvest, Doubtful]:
+def _harvest(ask: Callable[[list[Question]], list[Answered]], seed: int) -> tuple[Harvest, Asked]:
     asked = fitting(seed)
     harvest = Harvest(ask(asked.known), ask(asked.unknown), ask(asked.side), ask(asked.things))
-    return harvest, Doubtful([*ask(asked.doubtful), *harvest.known, *harvest.unknown])
+    return harvest, Asked(harvest.known, harvest.unknown, ask(asked.doubtful))
 
 
-def _readouts(
-    ask: Callable[[list[Question]], list[Answered]], harvest: Harvest, doubtful: Doubtful, seed: int
-) -> Readouts:
-    dev = choosing(seed)
-    known, unknown = ask(dev.known), ask(dev.unknown)
-    dev_doubtful = Doubtful([*ask(dev.doubtful), *known, *unknown])
-    readout = fit_readout(harvest, known, unknown)
-    recall = fit_recall(doubtful, dev_doubtful)
-    confidence = known_confidence(readout, known, unknown)
-    return Readouts(
-        readout, recall, (confidence, hallucination_risk(readout, recall, dev_doubtful))
-    )
+def _readouts(bars: tuple[Bar, ...], fit: Asked, dev: Asked) -> Readouts:
+    known, answers, doubt = fit_readout(fit, dev), fit_answers(fit, dev), fit_doubt(fit, dev)
+    answering = answered_vs_declined(answers, dev)
+    signals = (known_confidence(known, dev), hallucination_risk(doubt, bars, dev), answering)
+    return Readouts(known, answers, declines(answers, answering), doubt, bars, signals)
 
 
 def study(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int, told: Told) -> Catalog:
@@ -70,15 +75,18 @@ def study(model: LlamaForCausalLM, tokenizer: Tokenizer, seed: int, told: Told) 
         return answer_all(model, tokenizer, asked, capture=layers)
 
     told("answering the fitting questions")
-    harvest, doubtful = _harvest(ask, seed)
+    harvest, fit = _harvest(ask, seed)
     circuit = find_circuit(Lab(model, tokenizer, harvest, choosing(seed)), told)
     told("fitting the confidence read-outs")
-    readouts = _readouts(ask, harvest, doubtful, seed)
+    bars = find_bars(value_lens(model, tokenizer), [*fit.everyone, *harvest.side, *harvest.things])
+    asked = choosing(seed)
+    dev = Asked(ask(asked.known), ask(asked.unknown), ask(asked.doubtful))
+    readouts = _readouts(bars, fit, dev)
     told("looking for concepts")
     attributes = find_attributes(harvest)
     told(", ".join(f"{concept.name} {concept.score:.2f}" for concept in attributes))
     features = (
-        *_circuit_entries(circuit),
+        *_circuit_entries(circuit, fit_entity_end(harvest)),
         *_readout_entries(readouts),
         *_concept_entries(attributes[:NUM_CONCEPTS]),
         *_control_entries(circuit, seed),
@@ -106,7 +114,7 @@ def _dictionary_source(circuit: Circuit) -> dict[str, str]:
     }
 
 
-def _circuit_entries(circuit: Circuit) -> tuple[CatalogFeature, ...]:
+def _circuit_entries(circuit: Circuit, entity_end: Feature) -> tuple[CatalogFeature, ...]:
     return (
         CatalogFeature(
             circuit.unknown.feature,
@@ -124,13 +132,21 @@ def _circuit_entries(circuit: Circuit) -> tuple[CatalogFeature, ...]:
             "probe",
             {"fit": "logistic regression against unknown names, other tokens and side questions"},
         ),
+        CatalogFeature(
+            entity_end,
+            "End of a name (probe)",
+            "Log-odds that a token ends the name of a person, city or novel, known or not. It says "
+            "where a name is, for reductions over it. Read-only.",
+            "probe",
+            {"fit": "logistic regression against all other prompt tokens and side questions"},
+        ),
     )
 
 
 def _readout_entries(readouts: Readouts) -> tuple[CatalogFeature, ...]:
     return (
         CatalogFeature(
-            readouts.readout,
+            readouts.known,
             "Takes the name for known (read-out)",
             "Log-odds, at the prompt's last token, that the model takes the name for known. "
             "It lies above the edited layer, so steering moves it. Read-only.",
@@ -138,12 +154,54 @@ def _readout_entries(readouts: Readouts) -> tuple[CatalogFeature, ...]:
             {"fit": "logistic regression, known against unknown names, at the prompt's last token"},
         ),
         CatalogFeature(
-            readouts.recall,
-            "Recall confidence",
-            "Log-odds that the stated fact is recalled, not guessed: its lowest value over the "
-            "generated tokens tells, reached just before the value. Read-only.",
+            readouts.answers,
+            "About to answer (read-out)",
+            "Log-odds, at the prompt's last token, that the model answers rather than declines. "
+            "Read-only.",
             "probe",
-            {"fit": "logistic loss on the lowest score over generated tokens, right against wrong"},
+            {"fit": "logistic regression, answers against declines, at the prompt's last token"},
+        ),
+        CatalogFeature(
+            readouts.declines,
+            "About to decline (read-out)",
+            "The calibrated log-odds of a decline at the prompt's last token; 0 where an answer is "
+            "more likely. Read-only.",
+            "probe",
+            {"encoder": "answers_readout, turned round and calibrated"},
+        ),
+        CatalogFeature(
+            readouts.doubt,
+            "Answer in doubt (read-out)",
+            "Log-odds, at the prompt's last token, that an answer about this name will be wrong. "
+            "Read-only.",
+            "probe",
+            {"fit": "logistic regression, wrong against right answers; facts weigh alike"},
+        ),
+        *(entry for bar in readouts.bars for entry in _bar_entries(bar)),
+    )
+
+
+def _bar_entries(bar: Bar) -> tuple[CatalogFeature, CatalogFeature]:
+    source = {
+        "dictionary": "unembedding rows of all values, and a bar fitted between the leading two",
+    }
+    return (
+        CatalogFeature(
+            bar.unreached,
+            "No value reaches the bar",
+            "Active where no value that an answer could state next is as likely as the bar: with "
+            "`reached_once` of the same bar it tells whether the bar lies between the two leading "
+            "values. Read-only.",
+            "probe",
+            source,
+        ),
+        CatalogFeature(
+            bar.reached_once,
+            "At most one value reaches the bar",
+            "Active where at most one value is as likely as the bar: the less often over several "
+            "bars, the closer the runner-up. Read-only.",
+            "probe",
+            source,
         ),
     )
 
@@ -152,14 +210,19 @@ def _concept_entries(attributes: list[Concept]) -> tuple[CatalogFeature, ...]:
     return tuple(
         CatalogFeature(
             concept.feature,
-            f"About to state: {concept.name.removeprefix('states_').replace('_', ' ')}",
+            f"About to state, in English or French: {_concept_name(concept.name)}",
             "One latent for both languages: active on the way to an answer that states this "
             "attribute, in English or French.",
             "sae_latent",
             _concept_source(concept),
+            label_source="automatic",
         )
         for concept in attributes
     )
+
+
+def _concept_name(name: str) -> str:
+    return name.removeprefix("states_").replace("_", " ")
 
 
 def _concept_source(concept: Concept) -> dict[str, str]:
@@ -207,16 +270,33 @@ def concept_evidence(feature: Feature, answers: list[Answered]) -> dict[str, obj
     """Say how often a concept's latent fires for the concept in each language, and otherwise."""
     holds = states(feature.name.removeprefix("states_"))
     counts = firing(feature, answers, holds)
-    peaks = [(_peak(feature, a), holds(a.question)) for a in answers]
-    pos, neg = [p for p, h in peaks if h], [p for p, h in peaks if not h]
+    inside = {
+        language: [_peak(feature, a) for a in _spoken(answers, language) if holds(a.question)]
+        for language in LANGUAGES
+    }
+    pos = [peak for peaks in inside.values() for peak in peaks]
+    neg = [_peak(feature, a) for a in answers if not holds(a.question)]
     interval = auroc_interval(pos, neg)
     return {
+        "activation_overlap_en_fr": round(overlap(inside["en"], inside["fr"]), 4),
         **{f"fires_{group}": f"{hits}/{asked}" for group, (hits, asked) in sorted(counts.items())},
         "auroc": round(auroc(pos, neg), 4),
         "auroc_ci95": [round(interval.low, 4), round(interval.high, 4)],
-        "n": len(peaks),
+        "n": len(answers),
         "split": _HELD_OUT,
     }
+
+
+def _spoken(answers: list[Answered], language: Language) -> list[Answered]:
+    return [a for a in answers if a.question.language == language]
+
+
+def overlap(one: list[float], other: list[float]) -> float:
+    """Return how alike two samples are: 1 minus their Kolmogorov-Smirnov distance."""
+    return 1.0 - max(
+        abs(sum(x <= bound for x in one) / len(one) - sum(x <= bound for x in other) / len(other))
+        for bound in (*one, *other)
+    )
 
 
 def _peak(feature: Feature, answer: Answered) -> float:
@@ -243,10 +323,17 @@ def with_evidence(catalog: Catalog, report: Mapping[str, Any], answers: list[Ans
             "test": "log-odds at the name's last token, known against unknown persons",
         },
         "known_entity_confidence": {**readings["known_entity_confidence"], "split": _HELD_OUT},
+        "answered_vs_declined": {**readings["answered_vs_declined"], "split": _HELD_OUT},
         "hallucination_risk": {**readings["hallucination_risk"], "split": _HELD_OUT},
+        "entity_end": {**readings["entity_end"], "split": _HELD_OUT},
+        "answer_doubt": {
+            **readings["hallucination_risk"]["among_answers"]["answer_doubt_alone"],
+            "split": _HELD_OUT,
+            "test": "wrong against right answers",
+        },
     }
     evidence["known_entity_readout"] = evidence["known_entity_confidence"]
-    evidence["recall_confidence"] = {"used_in": "hallucination_risk"}
+    evidence["answers_readout"] = evidence["answered_vs_declined"]
     for entry in catalog.features:
         if entry.feature.name.startswith("states_"):
             evidence[entry.feature.name] = concept_evidence(entry.feature, answers)

@@ -86,7 +86,7 @@ def _part(file: File, part: _Part, size: int) -> Iterator[dict[str, object]]:
 
 
 class _Draw:
-    """Questions of one split, both languages; as many as asked for, or as there are."""
+    """Questions of one split, both languages: as many as asked for, or as there are."""
 
     def __init__(self, part: _Part, size: int) -> None:
         self._part, self._size = part, size
@@ -115,13 +115,17 @@ class _Draw:
 def _most(
     ask: Callable[[Language, int], list[Question]], language: Language, count: int
 ) -> list[Question]:
-    """The question lists are finite: halve what is asked for until they hold it."""
-    while count:
+    """As many as asked for or, as some lists of questions are finite, all."""
+    few, many = 0, count
+    middle = many
+    while few < many:
         try:
-            return ask(language, count)
+            ask(language, middle)
+            few = middle
         except ValueError:
-            count -= max(count // 16, 1)
-    return []
+            many = middle - 1
+        middle = (few + many + 1) // 2
+    return ask(language, few)
 
 
 def _form(question: Question) -> str:
@@ -133,7 +137,7 @@ def _form(question: Question) -> str:
         values = {value for _, value in side_pairs(question.attribute, question.language)}
     before, _, after = frame.partition("{v}")
     choices = "|".join(re.escape(value) for value in sorted(values))
-    return f"{re.escape(before)}({choices}){re.escape(after)}" if "{v}" in frame else frame
+    return f"{re.escape(before)}({choices}){re.escape(after)}"
 
 
 def _labels(question: Question) -> dict[str, bool]:
@@ -148,8 +152,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True)
     for part, count in ((FIT, 0), (DEV, 60), (TEST, 100)):
         parser.add_argument(
-            f"--{part.split}", type=int, default=count, help=f"a language (default {count})"
+            f"--{part.split}", type=_count, default=count, help=f"a language (default {count})"
         )
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return count
 
 
 def run(args: argparse.Namespace) -> int:
