@@ -79,6 +79,7 @@ def _add_explain(parts: Parsers) -> None:
     part = parts.add_parser("explain", help="write each feature's card into its catalog")
     part.add_argument("catalog", type=Path)
     part.add_argument("--cases", type=Path, required=True, help="texts to read (.jsonl)")
+    part.add_argument("--feature", action="append", help="only these; default: all")
     part.add_argument("--model", type=Path, required=True)
     part.add_argument("--max-tokens", type=int, default=32, help="of each answer (default 32)")
     _add_vllm(part)
@@ -183,6 +184,7 @@ def _explain(arguments: argparse.Namespace, _: list[str]) -> int:
         arguments.model,
         arguments.catalog,
         cases.load(arguments.cases),
+        features=arguments.feature,
         max_tokens=arguments.max_tokens,
         engine_args=arguments.vllm,
     )

@@ -267,4 +267,3 @@ def _entropy(logprobs: Sequence[float]) -> float:
     rest = max(1.0 - float(p.sum()), 0.0)
     p = np.append(p, rest)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
-

@@ -193,9 +193,10 @@ def difference_of_means(pos_ND: FloatArray, neg_ND: FloatArray) -> FeatureVector
 
     The decoder is the difference itself, so that setting f to a value moves the stream there.
     """
-    high_D, low_D = pos_ND.mean(axis=0), neg_ND.mean(axis=0)
+    high_D, low_D = (x_ND.mean(axis=0, dtype=np.float64) for x_ND in (pos_ND, neg_ND))
     difference_D = high_D - low_D
-    W_enc = difference_D / float(difference_D @ difference_D)
+    # Classes that are one point, as at a template's last token before any layer, differ nowhere.
+    W_enc = difference_D / (float(difference_D @ difference_D) or 1.0)
     b_enc = -float((high_D + low_D) @ W_enc) / 2
     return FeatureVectors(W_enc.astype(np.float32), b_enc, 0.0, difference_D.astype(np.float32))
 

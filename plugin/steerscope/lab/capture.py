@@ -23,6 +23,7 @@ from steerscope.catalog.model import (
     Feature,
     FeatureKind,
     Fingerprint,
+    LayerIndex,
     Site,
 )
 from steerscope.catalog.store import FeatureVectors, SiteKey
@@ -67,7 +68,9 @@ def parse_site(text: str) -> SiteKey:
     """``resid_post.12`` as a key; ``ValueError`` says what it should look like."""
     site, _, layer = text.partition(".")
     try:
-        return SiteKey(msgspec.convert(layer, int, strict=False), msgspec.convert(site, Site))
+        return SiteKey(
+            msgspec.convert(layer, LayerIndex, strict=False), msgspec.convert(site, Site)
+        )
     except msgspec.ValidationError:
         raise ValueError(f"{text!r} is not a site; write resid_post.12, say") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from steerscope.catalog.model import LabelSource
-from steerscope.lab import plots
+from steerscope.lab import markdown, plots
 from steerscope.lab.explain import Example, Explanation
 
 NUM_BINS = 40
@@ -56,26 +56,30 @@ def card(explanation: Explanation) -> str:
     who = _WHO[feature.label_source]
     parts = [
         f"# {feature.name}",
-        f"**{feature.label or '(no label)'}** (label {who})",
+        f"**{markdown.text(feature.label or '(no label)')}** (label {who})",
         feature.description,
         _facts(explanation),
         f"![Activations of {feature.name}]({feature.name}.png)",
         _section("Where it is highest", _examples(explanation.examples)),
         _section("What it writes, directly", _promoted(explanation)),
-        _section("Evidence", _evidence(feature.evidence)),
-        _section("Source", _pairs(feature.source)),
+        _section("Evidence", _list(feature.evidence)),
+        _section("Source", _list(feature.source)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _index(explanations: Sequence[Explanation]) -> str:
     rows = [
-        f"| [{e.feature.name}]({e.feature.name}.md) | {e.feature.label} | "
-        f"{e.feature.site.value}.{e.feature.layer} | {_density(e)} |"
+        (
+            f"[{e.feature.name}]({e.feature.name}.md)",
+            markdown.text(e.feature.label),
+            f"{e.feature.site.value}.{e.feature.layer}",
+            _density(e),
+        )
         for e in explanations
     ]
-    head = ["| feature | label | site | active at |", "| --- | --- | --- | --- |"]
-    return "\n".join(["# Features", "", *head, *rows]) + "\n"
+    head = ("feature", "label", "site", "active at")
+    return f"# Features\n\n{markdown.table(head, rows)}\n"
 
 
 def _facts(explanation: Explanation) -> str:
@@ -86,39 +90,29 @@ def _facts(explanation: Explanation) -> str:
         ("site", f"{feature.site.value}, layer {feature.layer}"),
         ("active at", _density(explanation)),
     ]
-    return _table(("", ""), rows)
+    return markdown.table(("", ""), rows)
 
 
 def _density(explanation: Explanation) -> str:
-    share = f"{100 * explanation.density:.2g}% of {explanation.num_tokens:,} tokens"
+    share = f"{100 * explanation.density:.3g}% of {explanation.num_tokens:,} tokens"
     return share if explanation.is_sparse else f"{share} above zero (its sign only)"
 
 
 def _examples(examples: Sequence[Example]) -> str:
     lines = []
     for example in examples:
-        told = [
-            f"**[{token.strip() or token}]**" if i == example.peak else _plain(token)
-            for i, token in enumerate(example.tokens)
-        ]
         said = " (generated)" if example.generated else ""
-        lines.append(f"- `{example.activation:.3g}`{said} …{_joined(example, told)}…")
+        lines.append(f"- `{example.activation:.3g}`{said} …{_marked(example)}…")
     return "\n".join(lines)
 
 
-def _joined(example: Example, told: Sequence[str]) -> str:
-    spaced = [
-        f" {text}" if token.startswith(" ") and not text.startswith(" ") else text
-        for token, text in zip(example.tokens, told, strict=True)
-    ]
-    return "".join(spaced).strip()
-
-
-def _plain(token: str) -> str:
-    escaped = token.replace("\n", " ⏎ ")
-    for mark in "\\`*_<>|[]":
-        escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped
+def _marked(example: Example) -> str:
+    """The stretch with its highest token in bold and brackets, which bold alone may lack."""
+    told = [markdown.text(token) for token in example.tokens]
+    highest = example.tokens[example.peak]
+    space = " " if highest.startswith(" ") else ""
+    told[example.peak] = f"{space}**\\[{markdown.token(highest.removeprefix(' '))}\\]**"
+    return "".join(told).strip()
 
 
 def _promoted(explanation: Explanation) -> str:
@@ -126,36 +120,29 @@ def _promoted(explanation: Explanation) -> str:
         return ""
     names = explanation.tokens_of
     rows = [
-        (f"`{names[up]}` {rise:+.2f}", f"`{names[down]}` {fall:+.2f}")
+        (markdown.token(names[up]), f"{rise:+.2f}", markdown.token(names[down]), f"{fall:+.2f}")
         for (up, rise), (down, fall) in zip(
             explanation.promoted.promoted, explanation.promoted.suppressed, strict=True
         )
     ]
     return (
-        "Change of each token's logit per unit of activation, through the final norm's weight and "
-        "the unembedding alone; later layers are not seen.\n\n"
-        + _table(("promoted", "suppressed"), rows)
+        "What one unit of activation adds to each token's logit, relative to the vocabulary's "
+        "mean, were the final norm to divide by 1 (it divides all of them alike). Through its "
+        "weight and the unembedding alone; later layers are not seen.\n\n"
+        + markdown.table(("promoted", "", "suppressed", ""), rows)
     )
 
 
-def _evidence(evidence: Mapping[str, Any], depth: int = 0) -> str:
+def _list(pairs: Mapping[str, Any], depth: int = 0) -> str:
     lines = []
-    for key, value in evidence.items():
-        if isinstance(value, Mapping):
-            lines += [f"{'  ' * depth}- {key}:", _evidence(value, depth + 1)]
+    for key, value in pairs.items():
+        lead = f"{'  ' * depth}- {markdown.text(key)}:"
+        if isinstance(value, Mapping) and value:
+            lines += [lead, _list(value, depth + 1)]
         else:
-            lines.append(f"{'  ' * depth}- {key}: {value}")
+            lines.append(f"{lead} {markdown.text(str(value))}")
     return "\n".join(lines)
-
-
-def _pairs(pairs: Mapping[str, str]) -> str:
-    return "\n".join(f"- {key}: {value}" for key, value in pairs.items())
 
 
 def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {a} | {b} |" for a, b in rows)])

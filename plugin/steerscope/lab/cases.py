@@ -10,6 +10,7 @@ One JSON object a line (``.jsonl``), decoded strictly:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,8 +29,10 @@ JUDGED_LABELS = frozenset({"answered", "declined", "correct", "wrong", "malforme
 MAX_LINE_BYTES = 1 << 20
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Strict, immutable, by keyword."""
+class _Line(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
+    """Strict, immutable, by keyword; what is default anyway is not written."""
 
 
 class Message(_Line, frozen=True):
@@ -91,15 +94,16 @@ def load(path: Path) -> list[Case]:
 
 def dump(cases: Iterable[Case]) -> bytes:
     """The cases as JSON lines, defaults left out."""
-    return b"".join(msgspec.json.encode(_plain(case)) + b"\n" for case in cases)
+    return b"".join(msgspec.json.encode(case) + b"\n" for case in cases)
 
 
 def digest(cases: Sequence[Case]) -> str:
     """SHA-256 over which case is in which split: says that a report held out what it claims."""
     told = sorted(
-        f"{split_of(case)}\t{case.entity}\t{case.template}\t{case.text}" for case in cases
+        msgspec.json.encode((split_of(case), case.entity, case.template, case.text))
+        for case in cases
     )
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return hashlib.sha256(b"\n".join(told)).hexdigest()
 
 
 def split_of(case: Case) -> Split | None:
@@ -122,11 +126,17 @@ def check_held_out(cases: Sequence[Case]) -> None:
     """Raise ``CaseError`` unless test names and templates are unseen in fit and dev."""
     test = in_split(cases, "test")
     seen = [*in_split(cases, "fit"), *in_split(cases, "dev")]
-    for field in ("entity", "template"):
+    for field in ("name", "template"):
         values = {getattr(case, field) for case in seen} - {""}
         both = sorted(values & {getattr(case, field) for case in test})
         if both:
             raise CaseError(f"{field} {both[0]!r} is in the test split and in another one")
+
+
+def check_apart(one: Sequence[Case], other: Sequence[Case]) -> None:
+    """Raise ``CaseError`` if the same text is asked on both sides: it can only be of one."""
+    if both := sorted({case.text for case in one} & {case.text for case in other}):
+        raise CaseError(f"{both[0]!r} is asked in both files")
 
 
 def counts(cases: Sequence[Case]) -> dict[str, int]:
@@ -147,9 +157,7 @@ def _case(line: bytes, where: str) -> Case:
         raise CaseError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
     try:
         case = msgspec.json.decode(line, type=Case)
-    except msgspec.MsgspecError as error:
-        raise CaseError(f"{where}: {error}") from None
-    except UnicodeDecodeError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CaseError(f"{where}: {error}") from None
     _check(case, where)
     return case
@@ -157,20 +165,17 @@ def _case(line: bytes, where: str) -> Case:
 
 def _check(case: Case, where: str) -> None:
     given = [f for f in ("question", "messages", "prompt") if getattr(case, f) is not None]
-    if len(given) != 1 or not case.text:
+    if len(given) != 1 or not case.text.strip():
         raise CaseError(f"{where}: needs exactly one of question, messages and prompt")
     if case.entity and case.entity not in case.text:
         raise CaseError(f"{where}: entity: {case.entity!r} does not stand in the text")
     if judged := JUDGED_LABELS & case.labels.keys():
         raise CaseError(f"{where}: labels: {sorted(judged)[0]!r} is found out, not given")
+    if not all(answer.strip() for answer in case.expected):
+        raise CaseError(f"{where}: expected: an empty answer stands in every other one")
     if case.expected and not case.answerable:
         raise CaseError(f"{where}: expected: a case that is not answerable has no right answer")
-
-
-def _plain(case: Case) -> dict[str, object]:
-    tree: dict[str, object] = msgspec.to_builtins(case)
-    return {
-        k: v
-        for k, v in tree.items()
-        if v not in (None, "", [], {}) and (k, v) != ("answerable", True)
-    }
+    try:
+        re.compile(case.form or "")
+    except re.error as error:
+        raise CaseError(f"{where}: form: {error}") from None

@@ -73,8 +73,13 @@ class Comparison:
 
     def control(self, share: str) -> Controls:
         """The controls' ``answered``, ``declined``, ``changed``, ..."""
-        each = tuple(float(getattr(effect, share)) for effect in self.controls)
-        return Controls(sum(each) / len(each), max(each), each)
+        return controls(self.controls, share)
+
+
+def controls(effects: Sequence[Effect], share: str) -> Controls:
+    """One share of every control; zeros where there is none."""
+    each = tuple(float(getattr(e, share)) for e in effects)
+    return Controls(sum(each) / len(each), max(each), each) if each else Controls(0.0, 0.0, ())
 
 
 def say(
@@ -211,6 +216,8 @@ def _directions(
         lengths = np.linalg.norm(rows_KD, axis=1)
         cosines = np.abs(rows_KD @ W_dec) / np.maximum(lengths * norm, 1e-12)
         others = np.flatnonzero((cosines < OWN_COSINE) & (lengths > 0))
+        if not len(others):
+            raise LabError("the dictionary has no other latent to draw controls from")
         drawn = rows_KD[rng.choice(others, count, replace=len(others) < count)].astype(np.float64)
     scaled = norm * drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
     return [row.astype(np.float32) for row in scaled]

@@ -115,6 +115,7 @@ def discover(
 ) -> Discovery:
     """Run the whole study; raise ``LabError`` or ``CaseError`` where it would prove nothing."""
     everything = [*plan.positive, *plan.negative]
+    case_files.check_apart(plan.positive, plan.negative)
     case_files.check_held_out(everything)
     fit_cases = case_files.in_split(everything, "fit")
     told(f"asking {len(everything)} cases, capturing {len(plan.keys)} sites")
@@ -130,7 +131,7 @@ def discover(
     )
     fit, dev, test = (_sides(plan, seen, split) for split in ("fit", "dev", "test"))
     told("fitting directions and probes")
-    choices = _present(plan, fit)
+    choices = _present(plan, everything)
     found = [c for k in plan.keys for choice in choices for c in directions(fit, dev, k, choice)]
     known = dictionaries(seen, found)
     for dictionary in known:
@@ -196,9 +197,9 @@ def _sides(plan: Plan, seen: Harvest, split: case_files.Split) -> Sides:
     return Sides(*sides)
 
 
-def _present(plan: Plan, fit: Sides) -> list[TokenChoice]:
+def _present(plan: Plan, everything: Sequence[Case]) -> list[TokenChoice]:
     """The choices that every case has a token for."""
-    named = all(h.case.entity for h in fit.all)
+    named = all(case.entity for case in everything)
     return [c for c in plan.choices if named or c is TokenChoice.LAST_PROMPT]
 
 

@@ -20,7 +20,16 @@ from steerscope.catalog.store import Catalog, SiteKey
 from steerscope.errors import LabError
 from steerscope.lab.bench import Bench
 from steerscope.lab.cases import Case
-from steerscope.lab.causal import Controls, Effect, Said, Variants, effect, say, variants
+from steerscope.lab.causal import (
+    Controls,
+    Effect,
+    Said,
+    Variants,
+    controls,
+    effect,
+    say,
+    variants,
+)
 from steerscope.lab.judging import Judge
 from steerscope.steering.interventions import Policy
 
@@ -82,7 +91,7 @@ def write_derived_catalog(folder: Path, catalog: Catalog, plan: Plan) -> Mapping
         own = variants(
             edited,
             catalog.vectors,
-            {f.name: rows for f in edited if (rows := plan.decoders.get(_written(f))) is not None},
+            {f.name: rows for f in edited if (rows := plan.decoders.get(_read_at(f))) is not None},
             seed=plan.seed,
             num_controls=plan.num_controls,
             amounts=_amounts(plan),
@@ -99,7 +108,7 @@ def write_derived_catalog(folder: Path, catalog: Catalog, plan: Plan) -> Mapping
     return made
 
 
-def _written(feature: Feature) -> SiteKey:
+def _read_at(feature: Feature) -> SiteKey:
     return SiteKey(feature.layer, feature.site)
 
 
@@ -148,20 +157,19 @@ class _Study:
         unsteered = say(self._bench, cases, self._judge)
         points = []
         for index, amount in enumerate(_amounts(self._plan)):
-            seen, controls = self._at(cases, unsteered, index)
-            points.append(
-                Point(amount, seen, {s: _controls(controls, s) for s in _SHARES if controls})
-            )
+            seen, others = self._at(cases, unsteered, index)
+            shares = {share: controls(others, share) for share in _SHARES if others}
+            points.append(Point(amount, seen, shares))
         return GroupCurve(effect(unsteered, unsteered), tuple(points))
 
     def collateral(self, cases: Sequence[Case]) -> Collateral:
         unsteered = say(self._bench, cases, self._judge)
-        seen, controls = self._at(cases, unsteered, _amounts(self._plan).index(1.0))
+        seen, others = self._at(cases, unsteered, _amounts(self._plan).index(1.0))
         return Collateral(
             changed=seen.changed,
             correct_before=effect(unsteered, unsteered).correct,
             correct_after=seen.correct,
-            controls_changed=_controls(controls, "changed"),
+            controls_changed=controls(others, "changed"),
             num_cases=len(cases),
         )
 
@@ -173,11 +181,6 @@ class _Study:
             spec = self._made.spec(self._policy.spec, direction, index)
             effects.append(effect(say(self._bench, cases, self._judge, spec), unsteered))
         return effects[0], effects[1:]
-
-
-def _controls(effects: Sequence[Effect], share: str) -> Controls:
-    each = tuple(float(getattr(e, share)) for e in effects)
-    return Controls(sum(each) / len(each), max(each), each) if each else Controls(0.0, 0.0, ())
 
 
 def _amounts(plan: Plan) -> list[float]:

@@ -73,24 +73,29 @@ def explain(
     catalog: Path,
     corpus: Sequence[Case],
     *,
+    features: Sequence[str] | None = None,
     max_tokens: int = 32,
     engine_args: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Explanation]:
-    """Run the corpus through the engine and gather what every feature did."""
+    """Run the corpus through the engine and gather what every feature did, or only ``features``."""
     loaded = store.load(catalog)
+    for name in features or ():
+        loaded.feature(name)
     unembedding = Unembedding(model)
     made = {
         feature.name: Explanation(feature, loaded.vectors[feature.name].W_dec is not None)
-        for features in loaded.sites.values()
-        for feature in features
+        for site in loaded.sites.values()
+        for feature in site
     }
     with Bench(model, catalog, max_tokens=max_tokens, engine_args=engine_args) as bench:
         _read(bench, corpus, list(made.values()))
+        for name in made.keys() - set(features or made):
+            del made[name]
         for explanation in made.values():
             W_dec = loaded.vectors[explanation.feature.name].W_dec
             if W_dec is not None:
                 explanation.promoted = unembedding.of(W_dec)
-                explanation.tokens_of = _names(bench, explanation.promoted)
+                explanation.tokens_of = _names(bench.tokenizer, explanation.promoted)
     return list(made.values())
 
 
@@ -100,12 +105,13 @@ def _read(bench: Bench, corpus: Sequence[Case], made: Sequence[Explanation]) -> 
     for n, answer in enumerate(bench.ask(corpus)):
         acts_NF = answer.track.activations()
         values.append(acts_NF)
-        tokens = _texts(bench, answer, len(acts_NF))
+        tokens = _texts(bench.tokenizer, answer, len(acts_NF))
         peaks_F = acts_NF.argmax(axis=0)
-        for column, heap in enumerate(best):
+        for column, (explanation, heap) in enumerate(zip(made, best, strict=True)):
             peak = int(peaks_F[column])
             highest = float(acts_NF[peak, column])
-            if len(heap) == NUM_EXAMPLES and highest <= heap[0][0]:
+            inactive = explanation.is_sparse and highest <= 0
+            if inactive or (len(heap) == NUM_EXAMPLES and highest <= heap[0][0]):
                 continue
             example = _example(tokens, acts_NF[:, column], peak, answer)
             (heapq.heappushpop if len(heap) == NUM_EXAMPLES else heapq.heappush)(
@@ -133,16 +139,20 @@ def _example(
     )
 
 
-def _texts(bench: Bench, answer: Answer, num_tokens: int) -> list[str]:
+def _texts(tokenizer: Any, answer: Answer, num_tokens: int) -> list[str]:
     ids = (*answer.prompt_token_ids, *answer.token_ids)[:num_tokens]
-    return [_text(bench, token) for token in ids]
+    return [token_text(tokenizer, token) for token in ids]
 
 
-def _names(bench: Bench, promoted: Promoted) -> dict[int, str]:
-    return {t: _text(bench, t) for t, _ in (*promoted.promoted, *promoted.suppressed)}
+def _names(tokenizer: Any, promoted: Promoted) -> dict[int, str]:
+    return {t: token_text(tokenizer, t) for t, _ in (*promoted.promoted, *promoted.suppressed)}
 
 
-def _text(bench: Bench, token: int) -> str:
-    """The token as it stands in text, with its leading space."""
-    piece = str(bench.tokenizer.convert_ids_to_tokens(token))
-    return piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
+def token_text(tokenizer: Any, token: int) -> str:
+    """The token as it stands in text, with its leading space; its number if it has no text."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:  # an embedding may have more rows than the vocabulary
+        return f"<{token}>"
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    # SentencePiece takes the space away from what it decodes first.
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text

@@ -21,6 +21,7 @@ from steerscope.catalog.model import (
     LabelSource,
     Reduction,
     Signal,
+    Slug,
     Span,
     Target,
     Term,
@@ -58,7 +59,7 @@ class Findings:
         self.probe_name = f"{name}_probe"
         self.gate_name = f"{name}_gate"
 
-    def write(self, folder: Path, *, append: bool, version: str = "1") -> Catalog:
+    def write(self, folder: Path, *, append: bool) -> Catalog:
         """A new catalog, or these entries added to the one that is there."""
         document = self._base(folder, append)
         vectors = self._vectors()
@@ -134,7 +135,8 @@ class Findings:
         for candidate in self._found.ranked:
             if candidate.kind is not FeatureKind.PROBE or not candidate.is_positive:
                 continue
-            if candidate.choice is TokenChoice.LAST_PROMPT or candidate.key == finalist.key:
+            pointed = (candidate.key, candidate.choice) == (finalist.key, finalist.choice)
+            if candidate.choice is TokenChoice.LAST_PROMPT or pointed:
                 return candidate
         raise LabError("no probe reads the cases better than chance")
 
@@ -275,7 +277,12 @@ def _rename(intervention: Intervention, names: Mapping[str, str]) -> Interventio
 
 
 def check_names(names: Sequence[str], folder: Path, append: bool) -> None:
-    """Before an hour's work: refuse names that are taken and folders that are in the way."""
+    """Before an hour's work: refuse names that cannot be or are taken, and folders in the way."""
+    for name in names:
+        try:
+            msgspec.convert(name, Slug)
+        except msgspec.ValidationError as error:
+            raise LabError(f"name {name!r}: {error}") from None
     if not append:
         if folder.exists():
             raise CatalogError(f"{folder}: exists already (--append adds to a catalog)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from steerscope.errors import CaseError
 from steerscope.lab.cases import Case
 
 COMMON_DECLINES = (
-    r"\bI(?:'m| am) not (?:sure|certain|aware|familiar)\b",
-    r"\bI (?:do not|don't|cannot|can't|could not|couldn't) "
+    r"\bI(?:['’]m| am) not (?:sure|certain|aware|familiar)\b",
+    r"\bI (?:do not|don['’]t|cannot|can['’]t|could not|couldn['’]t) "
     r"(?:know|say|tell|answer|find|confirm|verify|provide)\b",
     r"\b(?:no|not any) (?:reliable )?information (?:on|about)\b",
 )
@@ -52,10 +53,10 @@ class Judge:
         said = _squeezed(answer)
         if any(pattern.search(said) for pattern in self._declines):
             return Outcome.DECLINED
-        if any(self._matches(said, _squeezed(expected)) for expected in case.expected):
-            return Outcome.CORRECT
         if not said or (case.form is not None and not _compiled(case.form).fullmatch(said)):
             return Outcome.MALFORMED
+        if any(self._matches(said, _squeezed(expected)) for expected in case.expected):
+            return Outcome.CORRECT
         if case.expected or not case.answerable:
             return Outcome.WRONG
         return Outcome.ANSWERED
@@ -84,9 +85,12 @@ def read_declines(path: Path) -> tuple[str, ...]:
     """A file of regular expressions, one a line; ``#`` begins a comment."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CaseError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise CaseError(f"{path}: {error}") from None
-    patterns = tuple(line for line in lines if line.strip() and not line.startswith("#"))
+    told = (line.strip() for line in lines)
+    patterns = tuple(line for line in told if line and not line.startswith("#"))
     if not patterns:
         raise CaseError(f"{path}: holds no pattern")
     return patterns
@@ -94,10 +98,11 @@ def read_declines(path: Path) -> tuple[str, ...]:
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern, re.IGNORECASE)
+        return re.compile(unicodedata.normalize("NFC", pattern), re.IGNORECASE)
     except re.error as error:
         raise CaseError(f"pattern {pattern!r}: {error}") from None
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
+    """Composed, so that an accent is part of its letter, and with single spaces."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()

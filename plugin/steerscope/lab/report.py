@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from steerscope.lab import plots
+from steerscope.lab import markdown, plots
 from steerscope.lab.calibrate import Calibrated
+from steerscope.lab.causal import Controls
 from steerscope.lab.discover import Discovery
 from steerscope.lab.doses import GroupCurve, PolicyReport
 from steerscope.lab.evaluate import Evaluation, SignalReport
@@ -18,20 +19,28 @@ from steerscope.lab.statistics import Estimate, ScoreReport, roc_band
 
 MAX_CURVES = 4
 OUTCOMES = ("correct", "wrong", "answered", "declined", "malformed")
-_METRICS = ("auroc", "auprc", "tpr_at_1pct_fpr", "tpr_at_5pct_fpr", "brier", "ece")
+_METRICS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "tpr_at_1pct_fpr": "TPR at 1% FPR",
+    "tpr_at_5pct_fpr": "TPR at 5% FPR",
+    "brier": "Brier score",
+    "ece": "ECE",
+}
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, rows: Sequence[Row], title: str) -> None:
     """``evaluation.json``, ``README.md`` and its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", evaluation)
-    parts = [f"# {title}", _what(evaluation), _outcome_table(evaluation)]
+    parts = [f"# {markdown.text(title)}", _what(evaluation), _outcome_table(evaluation)]
     for name, report in evaluation.signals.items():
         parts.append(_signal(folder, name, report, rows))
     for name, policy in evaluation.steering.items():
         parts.append(_policy(folder, name, policy))
     if evaluation.notes:
-        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in evaluation.notes))
+        notes = (f"- {markdown.text(note)}" for note in evaluation.notes)
+        parts.append("## Notes\n\n" + "\n".join(notes))
     parts.append(_NOT_SHOWN)
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -42,7 +51,7 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def estimate(value: Estimate | None, digits: int = 3) -> str:
-    """``.931 (.910 to .950)``; a dash where there is none."""
+    """``0.931 (0.910 to 0.950)``; a dash where there is none."""
     if value is None:
         return "-"
     return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
@@ -58,10 +67,11 @@ _NOT_SHOWN = """## What this does not show
 def _what(evaluation: Evaluation) -> str:
     splits = ", ".join(f"{n} {split}" for split, n in evaluation.split_counts.items())
     return (
-        f"Catalog `{evaluation.catalog}` version {evaluation.catalog_version} "
-        f"(digest `{evaluation.catalog_digest[:16]}`), model {evaluation.model}. "
-        f"{evaluation.num_cases} cases; the file holds {splits}. "
-        f"Split digest `{evaluation.split_digest[:16]}`. Intervals are 95%, by resampling names."
+        f"Catalog {markdown.text(evaluation.catalog)} version "
+        f"{markdown.text(evaluation.catalog_version)} (digest `{evaluation.catalog_digest[:16]}`), "
+        f"model {markdown.text(evaluation.model)}. {evaluation.num_cases} cases were asked; the "
+        f"file holds {splits} (split digest `{evaluation.split_digest[:16]}`). Intervals are 95%, "
+        "by resampling names."
     )
 
 
@@ -70,31 +80,37 @@ def _outcome_table(evaluation: Evaluation) -> str:
     rows = []
     for group, shares in evaluation.outcomes.items():
         n = next(iter(shares.values())).n
-        cells = [f"{shares[o].share:.3f}" if o in shares else "0" for o in present]
-        rows.append([group, str(n), *cells])
-    return "## What the model did, unsteered\n\n" + table(["group", "n", *present], rows)
+        cells = [_3(shares[o].share if o in shares else 0.0) for o in present]
+        rows.append([markdown.text(group), str(n), *cells])
+    return "## What the model did, unsteered\n\n" + markdown.table(["group", "n", *present], rows)
 
 
 def _signal(folder: Path, name: str, report: SignalReport, rows: Sequence[Row]) -> str:
-    among = f" among cases that are {report.predicts.among}" if report.predicts.among else ""
-    head = ["score", *_METRICS]
+    head = ["score", *_METRICS.values()]
     lines = [_scores(f"**{name}**", report.score)]
-    lines += [_scores(n, b.score) for n, b in report.baselines.items()]
+    lines += [_scores(markdown.text(n), b.score) for n, b in report.baselines.items()]
     parts = [
         f"## {name}",
-        f"Predicts **{report.predicts.label}**{among}: {report.score.num_positive} of "
-        f"{report.score.num_cases} cases, {report.score.num_groups} names"
-        + (
-            f"; {report.score.num_without_score} had no score."
-            if report.score.num_without_score
-            else "."
-        ),
-        table(head, lines),
+        _predicts(report),
+        markdown.table(head, lines),
         _differences(report),
-        table(["group", "mean probability"], [[g, f"{p:.3f}"] for g, p in report.by_group.items()]),
+        markdown.table(
+            ["group", "mean probability"],
+            [[markdown.text(g), _3(p)] for g, p in report.by_group.items()],
+        ),
     ]
     parts += _signal_pictures(folder, name, report, rows)
     return "\n\n".join(part for part in parts if part)
+
+
+def _predicts(report: SignalReport) -> str:
+    score, among = report.score, report.predicts.among
+    without = score.num_without_score
+    return (
+        f"Predicts **{report.predicts.label}**{f' among {among} cases' if among else ''}: holds in "
+        f"{score.num_positive} of {score.num_cases} scored cases of {score.num_groups} names"
+        + (f"; {without} more had no score." if without else ".")
+    )
 
 
 def _signal_pictures(
@@ -107,7 +123,7 @@ def _signal_pictures(
         made.append(_picture(folder, f"{name}-reliability.png", picture, f"Reliability of {name}"))
     curves = _roc_curves(name, report, rows)
     if curves:
-        picture = plots.roc(curves, f"{name} beside what every team has")
+        picture = plots.roc(curves, f"{name} beside confidences that need no catalog")
         made.append(_picture(folder, f"{name}-roc.png", picture, f"ROC of {name}"))
     return made
 
@@ -133,8 +149,8 @@ def _scores(name: str, report: ScoreReport) -> list[str]:
 
 def _differences(report: SignalReport) -> str:
     lines = [
-        f"- AUROC minus that of {name}: {difference.value:+.3f} "
-        f"({difference.low:+.3f} to {difference.high:+.3f})"
+        f"- AUROC minus that of {markdown.text(name)}, on the cases that both score: "
+        f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
         for name, baseline in report.baselines.items()
         if (difference := baseline.against.difference) is not None
     ]
@@ -147,25 +163,26 @@ def _policy(folder: Path, name: str, report: PolicyReport) -> str:
     lines: list[list[str]] = []
     for group, curve in report.groups.items():
         u = curve.unsteered
-        lines.append([group, "0", "0", "0", _3(u.answered), "", _3(u.declined), "",
+        told = markdown.text(group)
+        lines.append([told, "0", "0", "0", _3(u.answered), "", _3(u.declined), "",
                       _3(u.malformed), "0"])  # fmt: skip
         for point in curve.points:
             e = point.effect
-            lines.append([group, f"{point.amount:g}", f"{e.dose:.2f}", _3(e.edited),
-                          _3(e.answered), _control(point.controls, "answered"), _3(e.declined),
-                          _control(point.controls, "declined"), _3(e.malformed),
+            lines.append([told, f"{point.amount:g}", f"{e.dose:.2f}", _3(e.edited),
+                          _3(e.answered), _control(point.controls.get("answered")), _3(e.declined),
+                          _control(point.controls.get("declined")), _3(e.malformed),
                           _3(e.changed)])  # fmt: skip
     parts = [
         f"## Steering: {name}",
         f"Edits {', '.join(report.features)}. Amount 1 is the policy as declared; the dose is the "
         "mean relative size of the change at changed tokens, measured. Controls make the same "
         "edit along random directions of the same norm.",
-        table(head, lines),
+        markdown.table(head, lines),
     ]
-    for group, curve in report.groups.items():
+    for n, (group, curve) in enumerate(report.groups.items(), 1):
         picture = plots.dose_response(*_curve(curve), f"{name} on {group}")
-        file = f"{name}-{group}.png".replace(" ", "-").replace("/", "-")
-        parts.append(_picture(folder, file, picture, f"{name} on {group}"))
+        file = f"{name}-{n}-{markdown.file_name(group)}.png"
+        parts.append(_picture(folder, file, picture, f"{name} on {markdown.text(group)}"))
     parts.append(_collateral(folder, name, report))
     return "\n\n".join(part for part in parts if part)
 
@@ -194,23 +211,24 @@ def _collateral(folder: Path, name: str, report: PolicyReport) -> str:
         return ""
     lines = [
         [
-            group,
+            markdown.text(group),
             str(c.num_cases),
             _3(c.changed),
-            f"{c.controls_changed.mean:.3f}, {c.controls_changed.max:.3f}",
+            _control(c.controls_changed),
             _3(c.correct_before),
             _3(c.correct_after),
         ]
         for group, c in report.collateral.items()
     ]
-    head = ["unrelated", "n", "changed", "control mean, max", "correct before", "after"]
+    head = ["unrelated", "n", "changed", "control mean, max", "correct before", "correct after"]
     damage = [
         plots.Damage(g, c.num_cases, c.changed, c.controls_changed.mean, c.controls_changed.max)
         for g, c in report.collateral.items()
     ]
     picture = plots.collateral_damage(damage, f"Unrelated answers under {name}")
     shown = _picture(folder, f"{name}-collateral.png", picture, f"Collateral damage of {name}")
-    return f"Collateral damage, at amount 1:\n\n{table(head, lines)}\n\n{shown}"
+    told = "Unrelated answers under the policy as declared:"
+    return "\n\n".join((told, markdown.table(head, lines), shown))
 
 
 def write_calibration(folder: Path, found: Calibrated) -> None:
@@ -221,17 +239,18 @@ def write_calibration(folder: Path, found: Calibrated) -> None:
     for name, fitted in found.signals.items():
         both = (fitted.before, fitted.after)
         rows = [
-            [metric, *(estimate(getattr(report, metric)) for report in both)]
+            [_METRICS[metric], *(estimate(getattr(report, metric)) for report in both)]
             for metric in ("ece", "brier", "auroc")
         ]
-        parts += [f"## {name}", table(["metric", "before", "after"], rows)]
-        parts += [
-            f"- At most {t.max_fpr:.0%} of negatives above {t.score:.4f}, promised from "
-            f"{t.num_negatives} negative names; {fitted.fpr_at_thresholds[f'{t.max_fpr:g}']:.1%} "
-            "of the judged negatives were."
+        parts += [f"## {name}", markdown.table(["metric", "before", "after"], rows)]
+        told = [
+            f"- At most {t.max_fpr:g} of negatives score above {t.score:.4f}, by "
+            f"{t.num_negatives} negative names; of the judged negatives, "
+            f"{fitted.fpr_at_thresholds[f'{t.max_fpr:g}']:.3f} did."
             for t in fitted.calibration.thresholds
         ]
-        parts += [f"- No threshold for {b}: {why}" for b, why in fitted.without_threshold.items()]
+        told += [f"- No threshold for {b}: {why}." for b, why in fitted.without_threshold.items()]
+        parts += ["\n".join(told)] if told else []
     (folder / "CALIBRATION.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -246,7 +265,7 @@ def write_discovery(folder: Path, found: Discovery, tree: Mapping[str, Any]) -> 
         + ". Everything was chosen on dev; the numbers below are on the test split, whose names "
         "and phrasings nothing was fitted or chosen on.",
         "## How well it reads",
-        table(
+        markdown.table(
             ["candidate", "site", "tokens", "dev AUROC", "test AUROC", "test TPR at 5% FPR"],
             [
                 [
@@ -262,6 +281,10 @@ def write_discovery(folder: Path, found: Discovery, tree: Mapping[str, Any]) -> 
         ),
         "## What editing it does",
         _confirmed(found),
+        "## Who else was tried",
+        "Shares of dev cases that turned, at each strength. Reading well and turning answers are "
+        "different things: what reads best may turn nothing.",
+        _turned(found),
         _NOT_SHOWN,
     ]
     (folder / "DISCOVERY.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -275,7 +298,7 @@ def _confirmed(found: Discovery) -> str:
         control = comparison.control(share)
         rows.append([
             way, f"{turned.strength:g}", share, _3(getattr(comparison.baseline, share)),
-            _3(getattr(comparison.edit, share)), f"{control.mean:.3f}, {control.max:.3f}",
+            _3(getattr(comparison.edit, share)), _control(control),
             _3(comparison.edit.malformed), f"{comparison.edit.dose:.2f}",
             str(comparison.edit.num_cases),
         ])  # fmt: skip
@@ -284,16 +307,44 @@ def _confirmed(found: Discovery) -> str:
     side = ""
     if found.side:
         side = f"\n\nUnrelated answers changed: {found.side[0]:.3f} and {found.side[1]:.3f}."
-    return table(head, rows) + side
+    return markdown.table(head, rows) + side
+
+
+def _turned(found: Discovery) -> str:
+    strengths = sorted({t.strength for t in found.turned})
+    rows = []
+    for finalist in dict.fromkeys(t.finalist for t in found.turned):
+        candidate = finalist.candidate
+        cells = [
+            " / ".join(
+                f"{t.flipped:.2f}"
+                for strength in strengths
+                for t in found.turned
+                if t.finalist is finalist and t.toward_positive is way and t.strength == strength
+            )
+            for way in (True, False)
+        ]
+        name = _candidate_name(candidate.kind.value, candidate.source)
+        chosen = " (chosen)" if finalist is found.finalist else ""
+        rows.append([
+            name + chosen, str(candidate.key), candidate.choice.value,
+            f"{candidate.strength:.3f}", *cells,
+        ])  # fmt: skip
+    at = " / ".join(f"{strength:g}" for strength in strengths)
+    head = ["candidate", "site", "tokens", "dev AUROC", f"toward positive at {at}",
+            f"toward negative at {at}"]  # fmt: skip
+    return markdown.table(head, rows)
 
 
 def _candidate_name(kind: str, source: Mapping[str, str]) -> str:
     latent = source.get("latent")
-    return f"{kind} {latent}" if latent is not None else f"{kind}: {source.get('fit', '')}"
+    if latent is None:
+        return f"{kind}: {markdown.text(source.get('fit', ''))}"
+    return f"{kind} {latent} of {markdown.text(source.get('sae', ''))}"
 
 
-def _control(controls: Mapping[str, Any], share: str) -> str:
-    return f"{controls[share].mean:.3f}, {controls[share].max:.3f}" if share in controls else "-"
+def _control(controls: Controls | None) -> str:
+    return f"{controls.mean:.3f}, {controls.max:.3f}" if controls and controls.each else "-"
 
 
 def _picture(folder: Path, name: str, picture: bytes, alt: str) -> str:
@@ -303,9 +354,3 @@ def _picture(folder: Path, name: str, picture: bytes, alt: str) -> str:
 
 def _3(share: float) -> str:
     return f"{share:.3f}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

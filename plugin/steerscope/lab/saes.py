@@ -26,8 +26,11 @@ def open_dictionary(reference: str, model: Fingerprint) -> Dictionary:
         with open_source(format, Path(path), Options(architecture=model.architecture)) as source:
             if source.d_in != model.hidden_size:
                 raise LabError(f"{path}: reads width {source.d_in}, not {model.hidden_size}")
-            if source.activation is Activation.TOPK:
-                raise LabError(f"{path}: a topk dictionary is not searched; import its latents")
+            if source.activation not in (Activation.RELU, Activation.JUMPRELU):
+                raise LabError(
+                    f"{path}: {source.activation} features are not searched, only relu and "
+                    "jumprelu latents; import them into a catalog"
+                )
             columns = source.columns(range(source.d_sae))
             key = SiteKey(source.layer, source.site)
             told = {"sae": path, **source.provenance}

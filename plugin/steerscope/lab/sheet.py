@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 SIGNS_OF_DOUBT = frozenset({"wrong", "declined", "malformed"})
 """Labels that a lack of confidence predicts; all others are predicted by confidence."""
 
-_CERTAINTY = re.compile(r"\b(\d{1,3})\b")
+_CERTAINTY = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d+)?(?!\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,14 @@ def fill(
     visit: Callable[[RequestTrack], None] | None = None,
 ) -> list[Row]:
     """Ask every case unsteered. ``self_report`` is a question about the answer's certainty."""
-    answers = []
+    rows = []
     for answer in bench.ask(cases):
-        answers.append(_row(answer, catalog.signals, judge))
+        rows.append(_row(answer, catalog.signals, judge))
         if visit is not None:
             visit(answer.track)
     if self_report:
-        _ask_back(bench, answers, self_report)
-    return answers
+        _ask_back(bench, rows, self_report)
+    return rows
 
 
 def applying(rows: Iterable[Row], target: Target) -> Scored:
@@ -129,11 +129,13 @@ def _ask_back(bench: Bench, rows: Sequence[Row], question: str) -> None:
     again = [_follow_up(row, question) for row in rows]
     for row, answer in zip(rows, bench.ask(again), strict=True):
         found = _CERTAINTY.search(answer.text)
-        sure = float(found[1]) if found and float(found[1]) <= 100 else float("nan")
+        sure = float(found[0]) if found and float(found[0]) <= 100 else float("nan")
         row.baselines["self_report"] = sure
 
 
 def _follow_up(row: Row, question: str) -> Case:
+    if row.case.prompt is not None:  # the model may have no chat template
+        return Case(prompt=f"{row.case.prompt}{row.text}\n{question}\n")
     before = row.case.messages or (Message(role="user", content=row.case.text),)
     turns = (
         *before,

@@ -25,6 +25,7 @@ from steerscope.steering.interventions import Intervention, Phase, SteeringSpec,
 
 STRENGTHS = (1.0, 1.5, 2.0)
 """1 sets the feature to what it is on the other class by itself."""
+AS_GOOD = 0.05
 MIN_CONTRAST = 0.2
 """Classes whose shares of answers differ by less are not told apart by answering or declining."""
 
@@ -83,6 +84,11 @@ class Turned:
     flipped: float
     malformed: float
 
+    @property
+    def net(self) -> float:
+        """Flipped, less what was only broken."""
+        return round(self.flipped - self.malformed, 3)
+
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
@@ -109,11 +115,16 @@ def contrast(sides: Sides) -> Contrast:
 def gate(harvest: Harvest, fit: Sides, key: SiteKey, choice: TokenChoice) -> FeatureVectors:
     """A probe that is above 0 at chosen tokens, and below at the other tokens of a prompt."""
     chosen_ND = np.concatenate(fit.at(key, choice))
-    rest: list[FloatArray] = [harvest.others[key]]
-    if choice is not TokenChoice.LAST_PROMPT:
-        rest += [h.last[key] for h in fit.all]
-        rest += [h.span[key][:-1] for h in fit.all]
+    rest = [harvest.others[key], *(_not_chosen(h, key, choice) for h in fit.all)]
     return logistic_probe(chosen_ND, np.concatenate(rest))
+
+
+def _not_chosen(case: Harvested, key: SiteKey, choice: TokenChoice) -> FloatArray:
+    """Its entity's and last tokens but for the chosen one, which may be both of them."""
+    chosen_1D = case.at(key, choice)[-1:]
+    kept_nD = np.concatenate([case.span[key], case.last[key]])
+    others_nD: FloatArray = kept_nD[(kept_nD != chosen_1D).any(axis=1)]
+    return others_nD
 
 
 def gate_feature(name: str, key: SiteKey, choice: TokenChoice) -> Feature:
@@ -151,19 +162,28 @@ def turn_all(
 
 
 def best(turned: Sequence[Turned]) -> tuple[Turned, Turned]:
-    """The finalist that turns both classes best, with its strength each way.
+    """The finalist that turns both classes, with its strength each way.
 
-    Its worse way counts; a weaker edit wins a tie.
+    Its worse way counts, and broken answers count against it; a weaker edit wins a tie. Of those
+    within ``AS_GOOD`` of the best the earliest is taken, since what comes later may only be the
+    decision itself: tokens of the name before the prompt's end, lower layers first.
     """
 
     def way(finalist: Finalist, toward_positive: bool) -> Turned:
         mine = [
             t for t in turned if t.finalist is finalist and t.toward_positive is toward_positive
         ]
-        return max(mine, key=lambda t: (round(t.flipped - t.malformed, 3), -t.strength))
+        return max(mine, key=lambda t: (t.net, -t.strength))
 
     pairs = [(way(f, True), way(f, False)) for f in dict.fromkeys(t.finalist for t in turned)]
-    return max(pairs, key=lambda pair: (min(p.flipped for p in pair), sum(p.flipped for p in pair)))
+    worst = max(min(p.net for p in pair) for pair in pairs)
+    good = [pair for pair in pairs if min(p.net for p in pair) >= worst - AS_GOOD]
+    return min(good, key=lambda pair: (*_place(pair[0]), -sum(p.net for p in pair)))
+
+
+def _place(turned: Turned) -> tuple[bool, SiteKey]:
+    candidate = turned.finalist.candidate
+    return candidate.choice is TokenChoice.LAST_PROMPT, candidate.key
 
 
 def confirm(

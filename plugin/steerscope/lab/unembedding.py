@@ -1,7 +1,8 @@
 """Which tokens a feature's decoder promotes and suppresses, read straight from the weights.
 
 The direct path only: the decoder row through the final norm's weight and the unembedding. What
-later layers make of it is not seen, so that for an early layer this is a hint at most.
+later layers make of it is not seen, so that for an early layer this is a hint at most. The final
+norm also divides by the stream's size, for all tokens alike: that is left out.
 
 Shapes: V vocabulary, D model width.
 """
@@ -18,14 +19,25 @@ from steerscope.catalog.tensors import FloatArray, TensorFile
 from steerscope.errors import CatalogError, LabError
 
 UNEMBEDDINGS = ("lm_head.weight", "embed_out.weight", "model.embed_tokens.weight",
-                "transformer.wte.weight", "model.language_model.embed_tokens.weight")  # fmt: skip
+                "transformer.wte.weight", "wte.weight", "model.language_model.embed_tokens.weight",
+                "language_model.model.embed_tokens.weight")  # fmt: skip
 """Where models keep it; a model that ties it has only the embedding."""
-FINAL_NORMS = ("model.norm.weight", "transformer.ln_f.weight", "model.language_model.norm.weight")
+FINAL_NORMS = ("model.norm.weight", "transformer.ln_f.weight", "ln_f.weight",
+               "gpt_neox.final_layer_norm.weight", "model.language_model.norm.weight",
+               "language_model.model.norm.weight")  # fmt: skip
+ONE_PLUS_WEIGHT = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "vaultgemma",
+                             "qwen3_next", "qwen3_5", "qwen3_5_text", "nemotron"})  # fmt: skip
+"""Model types whose norms multiply by one plus their weight; later Gemmas do not."""
+
+_BIASES = tuple(name.removesuffix("weight") + "bias" for name in FINAL_NORMS)
 
 
 @dataclass(frozen=True, slots=True)
 class Promoted:
-    """Token ids by how much the feature adds to their logits, per unit of activation."""
+    """Token ids by what one unit of activation adds to their logits, were the norm to divide by 1.
+
+    Relative to the mean over the vocabulary, which the softmax does not see.
+    """
 
     promoted: tuple[tuple[int, float], ...]
     suppressed: tuple[tuple[int, float], ...]
@@ -39,12 +51,16 @@ class Unembedding:
         if W_VD is None:
             raise LabError(f"{model}: no unembedding under a name we know ({UNEMBEDDINGS[0]}, ...)")
         norm_D = _first(model, FINAL_NORMS)
-        if norm_D is not None:
-            W_VD = W_VD * (norm_D + np.float32(_norm_offset(model)))
-        self._W_VD = W_VD - W_VD.mean(axis=0)
+        if norm_D is None:
+            raise LabError(f"{model}: no final norm under a name we know ({FINAL_NORMS[0]}, ...)")
+        W_VD *= norm_D + np.float32(_norm_offset(model))
+        if _first(model, _BIASES) is not None:  # a LayerNorm, which takes the mean away first
+            W_VD -= W_VD.mean(axis=1, keepdims=True)
+        W_VD -= W_VD.mean(axis=0, dtype=np.float64).astype(np.float32)
+        self._W_VD = W_VD
 
     def of(self, W_dec_D: FloatArray, count: int = 10) -> Promoted:
-        """The tokens at both ends; logits are relative to the mean over the vocabulary."""
+        """The tokens at both ends."""
         logits_V = self._W_VD @ W_dec_D
         order = np.argsort(logits_V)
         return Promoted(
@@ -54,12 +70,11 @@ class Unembedding:
 
 
 def _norm_offset(model: Path) -> float:
-    """Gemma's norms multiply by one plus their weight."""
     try:
         kind = json.loads((model / "config.json").read_bytes()).get("model_type", "")
     except (OSError, ValueError, AttributeError) as error:
         raise LabError(f"{model}/config.json: {error}") from None
-    return 1.0 if str(kind).startswith("gemma") else 0.0
+    return 1.0 if kind in ONE_PLUS_WEIGHT else 0.0
 
 
 def _first(model: Path, names: tuple[str, ...]) -> FloatArray | None:
