@@ -7,7 +7,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 from steerscope.catalog import fingerprint, store
-from steerscope.cli.check import served_model
+from steerscope.catalog.modelfolder import ModelFolder
 from steerscope.errors import CatalogError, ModelMismatchError, SpecError
 from steerscope.steering.interventions import parse_spec
 
@@ -133,18 +133,18 @@ def test_the_model_it_was_made_for_is_accepted_and_others_are_refused(tiny_world
     import tiny
 
     expected = store.load(tiny_world.catalog).document.model
-    found = fingerprint.check(expected, served_model(tiny_world.model))
+    found = fingerprint.check(expected, ModelFolder.read(tiny_world.model).as_served())
     assert (found.match, found.differences, found.unchecked) == ("exact", (), ())
-    other = served_model(tiny.write_model(tmp_path / "other", seed=5))
+    other = ModelFolder.read(tiny.write_model(tmp_path / "other", seed=5)).as_served()
     with pytest.raises(ModelMismatchError, match=r"weight lm_head\.weight has sha256"):
         fingerprint.check(expected, other)
-    wider = dataclasses.replace(served_model(tiny_world.model), hidden_size=256)
+    wider = dataclasses.replace(ModelFolder.read(tiny_world.model).as_served(), hidden_size=256)
     with pytest.raises(ModelMismatchError, match="hidden_size is 256"):
         fingerprint.check(expected, wider)
 
 
 def test_a_fine_tune_is_served_only_where_that_is_allowed_and_is_told_apart(tiny_world):
-    served = served_model(tiny_world.model)
+    served = ModelFolder.read(tiny_world.model).as_served()
     base = store.load(tiny_world.catalog).document.model
     expected = msgspec.structs.replace(base, weights={"lm_head.weight": "0" * 64})
     with pytest.raises(ModelMismatchError, match=r"lm_head\.weight has sha256 .*allow_fine_tune"):
@@ -158,7 +158,7 @@ def test_a_fine_tune_is_served_only_where_that_is_allowed_and_is_told_apart(tiny
 
 
 def test_a_model_that_is_not_on_disk_is_unverified_and_says_what_was_not_compared(tiny_world):
-    served = dataclasses.replace(served_model(tiny_world.model), folder=None)
+    served = dataclasses.replace(ModelFolder.read(tiny_world.model).as_served(), folder=None)
     found = fingerprint.check(store.load(tiny_world.catalog).document.model, served)
     assert (found.match, found.unchecked) == ("unverified", ("tokenizer", "lm_head.weight"))
 

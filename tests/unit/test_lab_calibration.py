@@ -101,8 +101,16 @@ def test_auto_takes_platt_where_the_truth_is_logistic() -> None:
     z, labels, names = drawn(400)
     found = fit(z, labels, names, split="dev", seed=0)
     assert isinstance(found.calibration.map, Platt)
-    assert set(found.held_out) == {"platt", "isotonic"}
+    assert set(found.held_out) == {"logistic", "platt", "isotonic"}
     assert found.held_out["platt"].log_loss < found.held_out["isotonic"].log_loss
+
+
+def test_auto_keeps_log_odds_that_are_right_as_they_are() -> None:
+    rng = np.random.default_rng(5)
+    z = rng.normal(0, 2, 400)
+    labels = rng.random(400) < 1 / (1 + np.exp(-z))
+    found = fit(z, labels, [f"name {i}" for i in range(400)], split="dev", seed=0)
+    assert found.calibration.map == Platt(scale=1.0, offset=0.0)
 
 
 def test_auto_takes_isotonic_where_the_truth_is_a_staircase() -> None:

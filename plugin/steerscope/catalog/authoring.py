@@ -216,6 +216,12 @@ def stored_encoder(catalog: Catalog, name: str) -> Iterator[DictionaryVectors]:
             yield DictionaryVectors(block, b_enc[rows.start : rows.stop])
 
 
+def stored_encoders(catalog: Catalog) -> Encoders:
+    """All dictionaries of a catalog, as ``write_catalog`` takes them."""
+    names = [dictionary.name for dictionary in catalog.document.dictionaries]
+    return {name: stored_encoder(catalog, name) for name in names}
+
+
 def same_encoder(one: Iterable[DictionaryVectors], other: Iterable[DictionaryVectors]) -> bool:
     """Whether two encoders are equal to the bit, a block of each at a time."""
     return all(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from steerscope.catalog import fingerprint, store
+from steerscope.catalog.modelfolder import ModelFolder
 from steerscope.config import Settings
-from steerscope.errors import CatalogError
 from steerscope.steering.policies import check_declared
 
 
@@ -17,7 +16,7 @@ def run(settings: Settings, model: Path | None) -> int:
     check_declared(catalog, settings.steering, settings.policies)
     if model is not None:
         found = fingerprint.check(
-            catalog.document.model, served_model(model), settings.allow_fine_tune
+            catalog.document.model, ModelFolder.read(model).as_served(), settings.allow_fine_tune
         )
         print(f"model     {found.match}  {'; '.join(found.differences)}".rstrip())
     document = catalog.document
@@ -29,18 +28,3 @@ def run(settings: Settings, model: Path | None) -> int:
     print(f"policies  {', '.join(named) or '-'}")
     print(f"hub       gRPC {settings.hub.grpc_address}, HTTP {settings.hub.http_address}")
     return 0
-
-
-def served_model(folder: Path) -> fingerprint.ServedModel:
-    """What a model folder's ``config.json`` says of it."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        return fingerprint.ServedModel(
-            architecture=config["architectures"][0],
-            hidden_size=config["hidden_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            vocab_size=config["vocab_size"],
-            folder=folder,
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CatalogError(f"{folder}/config.json: {error!r}") from None

@@ -118,7 +118,7 @@ def _add_calibrate(parts: Parsers) -> None:
     )
     part.add_argument("catalog", type=Path)
     part.add_argument("--cases", type=Path, required=True, help="labelled cases (.jsonl)")
-    part.add_argument("--method", choices=("platt", "isotonic", "auto"), default="auto")
+    part.add_argument("--method", choices=("logistic", "platt", "isotonic", "auto"), default="auto")
     part.add_argument("--max-fpr", type=float, action="append", help="default 0.01 and 0.05")
     part.add_argument(
         "--relabel", action="append", default=[], help="a signal whose bands the thresholds become"

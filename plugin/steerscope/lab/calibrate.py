@@ -42,7 +42,7 @@ class Plan:
     cases: Sequence[Case]
     fit_split: Split = "dev"
     judge_split: Split = "test"
-    method: Literal["platt", "isotonic", "auto"] = "auto"
+    method: Literal["logistic", "platt", "isotonic", "auto"] = "auto"
     max_fprs: Sequence[float] = (0.01, 0.05)
     relabel: Sequence[str] = ()
     """Signals whose bands become low, elevated and high, at their thresholds."""
@@ -166,7 +166,9 @@ def _write(
     document = msgspec.structs.replace(
         catalog.document, signals=signals, baselines=tuple(baselines)
     )
-    dictionaries = {d.name: [catalog.dictionary_vectors(d.name)] for d in document.dictionaries}
+    dictionaries = {
+        d.name: authoring.stored_encoder(catalog, d.name) for d in document.dictionaries
+    }
     authoring.write_catalog(out, document, catalog.vectors, dictionaries, overwrite=True)
 
 

@@ -25,7 +25,8 @@ from steerscope.errors import LabError
 from steerscope.lab.resampling import Bools, Floats, Indices, Sample
 from steerscope.telemetry.signals import calibrated
 
-Method = Literal["platt", "isotonic"]
+Method = Literal["logistic", "platt", "isotonic"]
+"""``logistic`` keeps the weighted sum as the log-odds it is, and fits nothing."""
 
 MAX_KNOTS: Final = 32
 MAX_FOLDS: Final = 5
@@ -161,8 +162,8 @@ def fit(
 ) -> Fitted:
     """Fit a map and thresholds on its probabilities; cases without a z (NaN) are left out.
 
-    ``auto`` takes isotonic only if its log loss on held-out names is the lower one, and Platt,
-    which has two numbers to learn, where names are too few to hold any out.
+    ``auto`` takes the method of the lowest log loss on held-out names, the simpler one where they
+    are equal, and Platt, which has two numbers to learn, where names are too few to hold any out.
 
     Raises:
         LabError: no method can be fitted.
@@ -188,7 +189,12 @@ def fit(
     return Fitted(calibration, held_out, missing)
 
 
+def _as_it_is(z: npt.ArrayLike, labels: npt.ArrayLike) -> Platt:
+    return Platt(scale=1.0, offset=0.0)
+
+
 _FITS: Final[Mapping[Method, Callable[[npt.ArrayLike, npt.ArrayLike], Platt | Isotonic]]] = {
+    "logistic": _as_it_is,
     "platt": fit_platt,
     "isotonic": fit_isotonic,
 }
@@ -250,7 +256,7 @@ def _folds(sample: Sample, seed: int) -> Iterator[tuple[Indices, Indices]]:
 
 
 def _choose(held_out: Mapping[str, HeldOut]) -> Method:
-    if "isotonic" not in held_out or "platt" not in held_out:
+    known = [method for method in _FITS if method in held_out]
+    if "platt" not in known:
         return "platt"
-    lower = held_out["isotonic"].log_loss < held_out["platt"].log_loss
-    return "isotonic" if lower else "platt"
+    return min(known, key=lambda method: held_out[method].log_loss)

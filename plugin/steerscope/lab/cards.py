@@ -107,11 +107,11 @@ def _examples(examples: Sequence[Example]) -> str:
 
 
 def _marked(example: Example) -> str:
-    """The stretch with its highest token in bold and brackets, which bold alone may lack."""
+    """The stretch with its highest token in brackets, and bold: asterisks fail inside a word."""
     told = [markdown.text(token) for token in example.tokens]
     highest = example.tokens[example.peak]
     space = " " if highest.startswith(" ") else ""
-    told[example.peak] = f"{space}**\\[{markdown.token(highest.removeprefix(' '))}\\]**"
+    told[example.peak] = f"{space}<b>\\[{markdown.token(highest.removeprefix(' '))}\\]</b>"
     return "".join(told).strip()
 
 

@@ -103,7 +103,9 @@ def write_derived_catalog(folder: Path, catalog: Catalog, plan: Plan) -> Mapping
     document = msgspec.structs.replace(
         catalog.document, features=(*catalog.document.features, *features)
     )
-    dictionaries = {d.name: [catalog.dictionary_vectors(d.name)] for d in document.dictionaries}
+    dictionaries = {
+        d.name: authoring.stored_encoder(catalog, d.name) for d in document.dictionaries
+    }
     authoring.write_catalog(folder, document, vectors, dictionaries)
     return made
 

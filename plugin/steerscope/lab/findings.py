@@ -63,13 +63,11 @@ class Findings:
         """A new catalog, or these entries added to the one that is there."""
         document = self._base(folder, append)
         vectors = self._vectors()
-        dictionaries = {}
+        dictionaries: authoring.Encoders = {}
         if append:
             before = store.load(folder)
             vectors = {**before.vectors, **vectors}
-            dictionaries = {
-                d.name: [before.dictionary_vectors(d.name)] for d in before.document.dictionaries
-            }
+            dictionaries = authoring.stored_encoders(before)
         document = msgspec.structs.replace(
             document,
             features=(*document.features, *self._features()),

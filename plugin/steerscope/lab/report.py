@@ -175,8 +175,9 @@ def _policy(folder: Path, name: str, report: PolicyReport) -> str:
     parts = [
         f"## Steering: {name}",
         f"Edits {', '.join(report.features)}. Amount 1 is the policy as declared; the dose is the "
-        "mean relative size of the change at changed tokens, measured. Controls make the same "
-        "edit along random directions of the same norm.",
+        "mean relative size of the change at changed tokens, measured; edited is the share of "
+        "cases with such a token, changed that of other answers than unsteered. Controls make the "
+        "same edit along random directions of the same norm.",
         markdown.table(head, lines),
     ]
     for n, (group, curve) in enumerate(report.groups.items(), 1):
@@ -227,8 +228,8 @@ def _collateral(folder: Path, name: str, report: PolicyReport) -> str:
     ]
     picture = plots.collateral_damage(damage, f"Unrelated answers under {name}")
     shown = _picture(folder, f"{name}-collateral.png", picture, f"Collateral damage of {name}")
-    told = "Unrelated answers under the policy as declared:"
-    return "\n\n".join((told, markdown.table(head, lines), shown))
+    told = f"Unrelated answers under the policy as declared:\n\n{markdown.table(head, lines)}"
+    return f"{told}\n\n{shown}"
 
 
 def write_calibration(folder: Path, found: Calibrated) -> None:
@@ -306,8 +307,15 @@ def _confirmed(found: Discovery) -> str:
             "dose", "n"]  # fmt: skip
     side = ""
     if found.side:
-        side = f"\n\nUnrelated answers changed: {found.side[0]:.3f} and {found.side[1]:.3f}."
-    return markdown.table(head, rows) + side
+        side = (
+            f"\n\nUnrelated answers changed: {found.side[0]:.3f} of them by the first edit, "
+            f"{found.side[1]:.3f} by the second."
+        )
+    told = (
+        "Each edit makes cases of one class look like the other; the share is that of their "
+        "answers. Controls make the same edit along other directions of the same norm.\n\n"
+    )
+    return told + markdown.table(head, rows) + side
 
 
 def _turned(found: Discovery) -> str:

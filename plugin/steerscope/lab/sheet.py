@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 SIGNS_OF_DOUBT = frozenset({"wrong", "declined", "malformed"})
 """Labels that a lack of confidence predicts; all others are predicted by confidence."""
 
-_CERTAINTY = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d+)?(?!\d)")
+_NUMBER = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d+)?(?!\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,13 @@ def _ask_back(bench: Bench, rows: Sequence[Row], question: str) -> None:
     """Ask how sure the model is, as the next turn; an answer without a number is no score."""
     again = [_follow_up(row, question) for row in rows]
     for row, answer in zip(rows, bench.ask(again), strict=True):
-        found = _CERTAINTY.search(answer.text)
-        sure = float(found[0]) if found and float(found[0]) <= 100 else float("nan")
-        row.baselines["self_report"] = sure
+        row.baselines["self_report"] = certainty(answer.text)
+
+
+def certainty(said: str) -> float:
+    """The first number that can be a percentage's; NaN where there is none, or it is above 100."""
+    found = _NUMBER.search(said)
+    return float(found[0]) if found and float(found[0]) <= 100 else float("nan")
 
 
 def _follow_up(row: Row, question: str) -> Case:
