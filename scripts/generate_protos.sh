@@ -3,6 +3,9 @@
 #
 # The generators are the oldest that serve: the protobuf runtime refuses generated code that is
 # newer than itself, and the plugin goes into environments whose runtime we do not choose.
+#
+# proto/baseline.binpb is the API as last released; `make lint` refuses what breaks it. At a
+# release: .venv/bin/buf build proto --exclude-source-info -o proto/baseline.binpb
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -6,8 +6,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from steerscope.catalog import store
 from steerscope.catalog.model import Reduction
 from steerscope.catalog.store import load
 from steerscope.demo.making.tokenizer import build_tokenizer, prompt_text
@@ -74,9 +76,26 @@ def test_the_catalog_is_one_that_the_server_accepts() -> None:
 
 def test_the_catalog_written_again_is_the_same(catalog: Catalog, tmp_path: Path) -> None:
     """What is read is all that was written."""
-    write_catalog(catalog, tmp_path, MODEL_DIR)
+    write_catalog(catalog, tmp_path / "once", MODEL_DIR)
+    write_catalog(read_catalog(tmp_path / "once"), tmp_path / "twice", MODEL_DIR)
     for name in ("catalog.yaml", "features.safetensors"):
-        assert (tmp_path / name).read_bytes() == (CATALOG_DIR / name).read_bytes()
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+def test_the_shipped_catalog_is_the_written_one_with_what_the_lab_added(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    """Calibration, bands and baselines come from the lab; nothing else differs."""
+    write_catalog(catalog, tmp_path / "written", MODEL_DIR)
+    written, shipped = store.load(tmp_path / "written"), store.load(CATALOG_DIR)
+    assert shipped.document.features == written.document.features
+    assert shipped.document.policies == written.document.policies
+    for ours, before in zip(shipped.signals, written.signals, strict=True):
+        assert ours.calibration is not None
+        assert (ours.terms, ours.bias) == (before.terms, before.bias)
+    assert shipped.document.baselines
+    for name, vectors in shipped.vectors.items():
+        assert np.array_equal(vectors.W_enc, written.vectors[name].W_enc)
 
 
 def test_every_probe_is_read_only_and_every_latent_can_be_steered(catalog: Catalog) -> None:

@@ -20,6 +20,7 @@ from steerscope.catalog.store import SiteKey
 from steerscope.errors import LabError
 from steerscope.lab import dictionaries, saes
 from steerscope.lab.candidates import (
+    REGULARISATION,
     Candidate,
     Dictionary,
     Sides,
@@ -95,7 +96,7 @@ def test_classes_that_are_one_point_have_no_direction_and_no_nan():
     assert [c.dev_auroc for c in directions(both, both, KEY, LAST)] == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("counts", [(200, 200), (40, 400)])
+@pytest.mark.parametrize("counts", [(400, 400), (100, 1000)])
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_a_probe_reads_a_planted_direction_whatever_its_scale_and_balance(counts, scale):
     way_D = RNG(5).standard_normal(WIDTH).astype(np.float32)
@@ -104,7 +105,7 @@ def test_a_probe_reads_a_planted_direction_whatever_its_scale_and_balance(counts
     probe = logistic_probe(*(scale * x_ND + 7 for x_ND in made))
     assert probe.W_dec is None
     cosine = probe.W_enc @ way_D / np.linalg.norm(probe.W_enc) / 4.0
-    assert cosine > 0.95
+    assert cosine > 0.9
     fresh = [scale * cloud(500, s * way_D / 2, 77 + s) + 7 for s in (1, -1)]
     scores = [x_ND @ probe.W_enc + probe.b_enc for x_ND in fresh]
     assert auroc(scores[0][:, None], scores[1][:, None])[0] > 0.98
@@ -122,6 +123,24 @@ def test_directions_are_fitted_on_fit_and_scored_on_dev():
     assert not direction.is_positive
     assert direction.strength == pytest.approx(1 - direction.dev_auroc)
     assert direction.vectors.W_enc @ shift > 0, "fit alone decides which way it points"
+
+
+def test_dev_chooses_how_strongly_the_probe_is_regularised():
+    chosen = set()
+    for seed in range(0, 60, 4):
+        fit = sides(cloud(12, unit(3, 1.5), seed), cloud(12, 0.0, seed + 1))
+        dev = sides(cloud(60, unit(3, 1.5), seed + 2), cloud(60, 0.0, seed + 3))
+        streams = fit.at(KEY, LAST)
+        each = {}
+        for C in REGULARISATION:
+            probe = logistic_probe(*streams, C)
+            scores = np.concatenate(dev.at(KEY, LAST)) @ probe.W_enc
+            each[str(C)] = roc_auc_score(dev.labels, scores)
+        probe = directions(fit, dev, KEY, LAST)[1]
+        assert probe.dev_auroc == pytest.approx(max(each.values()))
+        assert each[probe.source["C"]] == pytest.approx(max(each.values()))
+        chosen.add(probe.source["C"])
+    assert len(chosen) > 1, "a choice that is always the same proves nothing"
 
 
 def dictionary(activation=Activation.RELU, threshold=None, num_noise=60, seed=3):
@@ -244,7 +263,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
     settings = DictionarySettings(d_sae=6, k=2, num_steps=2, batch_size=8)
     made = dictionaries.train(torch.randn(20, 6), settings)
     dictionaries.save_saelens(made, tmp_path / "narrow", Site.RESID_POST, 1, "small")
-    with pytest.raises(LabError, match="reads width 6, not 8"):
+    with pytest.raises(LabError, match=f"reads width 6, not {WIDTH}"):
         saes.open_dictionary(f"saelens:{tmp_path / 'narrow'}", MODEL)
 
 

@@ -19,8 +19,10 @@ from steerscope.lab.explain import Example, Explanation, token_text
 from steerscope.lab.unembedding import Promoted, Unembedding
 from transformers import AutoTokenizer
 
-NASTY = ["|", "`", "``", "\n", "\r\n", " \n\n", "**", "_", "](x)", "<script>", "\\", "\\|", "#", "\t",
-         "\u2028", "\x00", "\u200b", " ", "  ", "", "$x$", "~~", "&amp;", "- ", "é", "🙂", "⏎"]  # fmt: skip
+NASTY = [
+    "|", "`", "``", "\n", "\r\n", " \n\n", "**", "_", "](x)", "<script>", "\\", "\\|", "#", "\t",
+    "\u2028", "\x00", "\u200b", " ", "  ", "", "$x$", "~~", "&amp;", "- ", "é", "🙂", "⏎",
+]  # fmt: skip
 
 
 def example(tokens, peak=0, activation=3.25, generated=False):

@@ -72,7 +72,7 @@ def test_a_line_of_megabytes_is_refused_unread(tmp_path):
 def test_a_file_without_a_case_is_refused(tmp_path):
     with pytest.raises(CaseError, match="holds no cases"):
         cases.load(write(tmp_path, "", "  "))
-    with pytest.raises(CaseError, match="nowhere.jsonl: No such file"):
+    with pytest.raises(CaseError, match=r"nowhere\.jsonl: No such file"):
         cases.load(tmp_path / "nowhere.jsonl")
 
 

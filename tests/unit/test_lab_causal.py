@@ -24,13 +24,15 @@ from steerscope.catalog.store import DictionaryVectors, FeatureVectors
 from steerscope.errors import CatalogError, LabError, SpecError
 from steerscope.lab import doses
 from steerscope.lab.cases import Case
-from steerscope.lab.causal import Comparison, Said, controls, effect, variants
+from steerscope.lab.causal import OWN_COSINE, Comparison, Said, controls, effect, variants
 from steerscope.lab.evaluate import Plan
 from steerscope.lab.judging import Outcome
 from steerscope.steering.interventions import Intervention, Phase, SteeringSpec, When
 
 RNG = np.random.default_rng(0)
 ROWS_KD = RNG.standard_normal((40, WIDTH)).astype(np.float32)
+COSINES_K = ROWS_KD @ ROWS_KD[7] / np.linalg.norm(ROWS_KD, axis=1) / np.linalg.norm(ROWS_KD[7])
+OTHERS_KD = ROWS_KD[np.abs(COSINES_K) < OWN_COSINE]
 W_ENC = RNG.standard_normal((4, WIDTH)).astype(np.float32)
 
 FEATURES = (
@@ -102,9 +104,10 @@ def test_an_amount_scales_what_is_written_exactly():
 
 
 def test_controls_of_a_dictionary_are_its_rows_and_never_the_feature_itself():
-    rows_KD = np.concatenate([ROWS_KD[:3], ROWS_KD[[7]], -ROWS_KD[[7]], np.zeros((1, WIDTH))])
+    own, version = ROWS_KD[[7]], ROWS_KD[[7]] + 0.1 * ROWS_KD[[8]]
+    rows_KD = np.concatenate([OTHERS_KD[:3], own, -own, version, np.zeros((1, WIDTH))])
     found = made(decoders={"latent": rows_KD.astype(np.float32)}, num_controls=30)
-    units_KD = ROWS_KD[:3] / np.linalg.norm(ROWS_KD[:3], axis=1, keepdims=True)
+    units_KD = OTHERS_KD[:3] / np.linalg.norm(OTHERS_KD[:3], axis=1, keepdims=True)
     drawn = set()
     for direction in range(1, 31):
         W_dec = variant(found, "latent", direction, 1).W_dec
@@ -115,9 +118,11 @@ def test_controls_of_a_dictionary_are_its_rows_and_never_the_feature_itself():
 
 
 def test_controls_of_a_large_dictionary_are_all_different():
-    found = made(decoders={"latent": ROWS_KD}, num_controls=39)
-    told = {variant(found, "latent", d, 1).W_dec.tobytes() for d in range(40)}
-    assert len(told) == 40
+    count = len(OTHERS_KD)
+    assert count > 20
+    found = made(decoders={"latent": ROWS_KD}, num_controls=count)
+    told = {variant(found, "latent", d, 1).W_dec.tobytes() for d in range(1 + count)}
+    assert len(told) == 1 + count
 
 
 def test_a_dictionary_of_nothing_else_has_no_controls():

@@ -66,18 +66,18 @@ def an_effect(answered, dose=0.4):
 
 
 OTHERS = [an_effect(share, 0.39) for share in (0.12, 0.23, 0.31)]
+SHARES = ("answered", "declined", "malformed", "correct", "changed")
 CURVE = GroupCurve(
     an_effect(0.111, 0.0),
     tuple(
-        Point(a, an_effect(s), {k: controls(OTHERS, k)
-                                for k in ("answered", "declined", "malformed", "correct", "changed")})
+        Point(a, an_effect(s), {share: controls(OTHERS, share) for share in SHARES})
         for a, s in ((0.5, 0.432), (1.0, 0.876))
     ),
 )  # fmt: skip
 STEERING = {
     "force-known": PolicyReport(
         ("known_entity",),
-        {group: CURVE for group in (*GROUPS, "collateral")},
+        dict.fromkeys((*GROUPS, "collateral"), CURVE),
         {"side": Collateral(0.017, 0.991, 0.983, Controls(0.021, 0.045, (0.021, 0.045)), 60)},
     ),
     "hush": PolicyReport(("known_entity", "unknown_entity"), {"all": GroupCurve(
@@ -229,18 +229,16 @@ def test_a_calibration_is_told_before_and_after(tmp_path):
     assert json.loads((tmp_path / "calibration.json").read_bytes())["num_baselines"] == 12
 
 
-def candidate(kind, dev_auroc, choice=TokenChoice.LAST_ENTITY, activation=Activation.RELU, **source):
+def candidate(
+    kind, dev_auroc, choice=TokenChoice.LAST_ENTITY, activation=Activation.RELU, **source
+):
     W_dec = None if kind is FeatureKind.PROBE else [0.0, 1.0]
-    return Candidate(
-        KEY, choice, kind, activation, vectors([0.0, 1.0], W_dec), source, dev_auroc
-    )
+    return Candidate(KEY, choice, kind, activation, vectors([0.0, 1.0], W_dec), source, dev_auroc)
 
 
 LATENT = candidate(FeatureKind.SAE_LATENT, 0.04, sae="resid_post.1-192-seed0", latent="17")
-PROBE = candidate(FeatureKind.PROBE, 0.97, activation=Activation.IDENTITY, fit="logistic")
-ELSEWHERE = candidate(
-    FeatureKind.PROBE, 0.99, TokenChoice.MAX_SPAN, Activation.IDENTITY, fit="logistic"
-)
+PROBE = candidate(FeatureKind.PROBE, 0.97, fit="logistic")
+ELSEWHERE = candidate(FeatureKind.PROBE, 0.99, TokenChoice.MAX_SPAN, fit="logistic")
 
 
 def discovered(tmp_path):
@@ -280,7 +278,7 @@ def test_a_discovery_is_told_with_its_controls(tmp_path):
         "| probe: logistic | resid_post.1 | last_entity_token | 0.970 |",
         "| toward positive | 1.5 | answered | 0.050 | 0.850 | 0.220, 0.310 | 0.050 | 0.40 | 20 |",
         "| toward negative | 1.5 | declined |",
-        "Unrelated answers changed: 0.012 of them by the first edit, 0.046 by the second.",
+        "Unrelated test answers changed: 0.012 of them by the first edit, 0.046 by the second.",
     ):
         assert told in page, told
     assert all(len(set(widths)) == 1 for widths in tables(page))
@@ -294,7 +292,7 @@ def test_the_signal_reads_the_probe_that_the_gate_points_at(tmp_path):
     made = findings.Findings(discovered(tmp_path), "known", "unknown", "known")
     signal = made._signal()
     (term,) = signal.terms
-    assert made._probe() is PROBE
+    assert made._found.probe is PROBE
     assert (term.feature, term.reduce) == ("known_probe", Reduction.LAST_ENTITY_TOKEN)
     assert term.span.feature == "known_gate"
     assert made.feature_name == "unknown", "the latent is higher on negative cases"
@@ -310,5 +308,3 @@ def test_a_folder_in_the_way_is_refused_before_any_work(tmp_path):
     findings.check_names(["known"], tmp_path / "new", append=False)
     with pytest.raises(CatalogError, match="exists already"):
         findings.check_names(["known"], tmp_path, append=False)
-
-

@@ -13,9 +13,8 @@ pytest.importorskip("sklearn", reason="the lab's extra is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
 
 from hub_world import frame, start, write_catalog
-from lab_world import KEY, WIDTH
+from lab_world import KEY, WIDTH, feature, vectors
 from lab_world import write as write_small
-from lab_world import feature, vectors
 from steerscope.catalog import store
 from steerscope.catalog.model import Activation, Site, Target
 from steerscope.catalog.store import SiteKey

@@ -3,6 +3,8 @@
 Shapes: T tokens, D model width.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,12 @@ pytest.importorskip("sklearn", reason="the lab's extra is not installed")
 
 from lab_world import KEY, WIDTH, harvested, sides, steered, vectors, write
 from steerscope.catalog.model import Activation, FeatureKind
+from steerscope.catalog.store import SiteKey
 from steerscope.lab.candidates import Candidate, Sides, difference_of_means
 from steerscope.lab.harvest import Harvest, TokenChoice
 from steerscope.lab.judging import Outcome
 from steerscope.lab.trial import (
+    AS_GOOD,
     STRENGTHS,
     Contrast,
     Finalist,
@@ -206,6 +210,36 @@ def test_broken_answers_are_no_success_of_a_finalist():
     assert best(turned)[0].finalist is turns
 
 
+def test_broken_answers_elsewhere_are_no_success_either():
+    harms, turns = latent(True, "finalist_00"), latent(True, "finalist_01")
+    turned = [
+        Turned(harms, True, 1.0, 1.0, 0.0, damaged=0.4),
+        Turned(harms, False, 1.0, 1.0, 0.0, damaged=0.4),
+        *tried(turns, [(True, 1.0, 0.8, 0.0), (False, 1.0, 0.8, 0.0)]),
+    ]
+    assert best(turned)[0].finalist is turns
+
+
+def placed(layer, choice, name):
+    found = latent(True, name)
+    key = SiteKey(layer, KEY.site)
+    return replace(found, candidate=replace(found.candidate, key=key, choice=choice))
+
+
+@pytest.mark.parametrize(
+    ("later", "earlier"),
+    [((3, LAST), (1, LAST)), ((1, TokenChoice.LAST_PROMPT), (3, LAST))],
+)
+def test_of_finalists_as_good_the_earliest_wins(later, earlier):
+    """What comes later may only be the decision itself."""
+    late, early = placed(*later, "finalist_00"), placed(*earlier, "finalist_01")
+    ways = [(True, 1.0, 0.9, 0.0), (False, 1.0, 0.9, 0.0)]
+    a_bit_worse = [(True, 1.0, 0.9 - 0.9 * AS_GOOD, 0.0), (False, 1.0, 0.9, 0.0)]
+    much_worse = [(True, 1.0, 0.9 - 1.5 * AS_GOOD, 0.0), (False, 1.0, 0.9, 0.0)]
+    assert best([*tried(late, ways), *tried(early, a_bit_worse)])[0].finalist is early
+    assert best([*tried(late, ways), *tried(early, much_worse)])[0].finalist is late
+
+
 def test_of_equal_finalists_the_first_on_dev_wins():
     first, second = latent(True, "finalist_00"), latent(True, "finalist_01")
     ways = [(True, 1.0, 0.5, 0.0), (False, 1.0, 0.5, 0.0)]
@@ -231,10 +265,10 @@ def gated(choice, at_end=False):
     found = gate(Harvest(tuple(cases), {KEY: near(ELSE, 200)}, {}), fit, KEY, choice)
     assert found.W_dec is None
     points = {"name": NAME, "earlier": EARLIER, "end": END, "else": ELSE}
-    return {
-        kind: float((near(point, 200) @ found.W_enc + found.b_enc > 0).mean())
-        for kind, point in points.items()
-    }
+    odds = {kind: near(point, 200) @ found.W_enc + found.b_enc for kind, point in points.items()}
+    sure = float(odds["end" if choice is TokenChoice.LAST_PROMPT and not at_end else "name"].mean())
+    assert sure > 2.0, "chosen tokens are not among those it is told apart from"
+    return {kind: float((odds_N > 0).mean()) for kind, odds_N in odds.items()}
 
 
 def test_a_gate_holds_at_the_last_token_of_a_name_and_nowhere_else():

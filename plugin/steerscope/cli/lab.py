@@ -96,7 +96,7 @@ def _add_evaluate(parts: Parsers) -> None:
     part.add_argument("--policy", action="append", default=[], help="also steer, by dose")
     part.add_argument("--side-group", action="append", default=[], help="left alone by steering?")
     part.add_argument("--sae", metavar="FORMAT:PATH", help="whose rows the controls are drawn from")
-    part.add_argument("--num-controls", type=int, default=12)
+    part.add_argument("--num-controls", type=_count, default=12)
     part.add_argument("--dose", type=float, action="append", help="amounts; default .25 to 1.5")
     part.add_argument("--max-cases-per-group", type=int, default=60, help="for steering")
     part.add_argument("--self-report", default="", help="a question about how sure the model is")
@@ -152,6 +152,12 @@ def _add_vllm(part: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='arguments of vllm.LLM, e.g. \'{"max_model_len": 2048, "enforce_eager": true}\'',
     )
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return number
 
 
 def _engine_args(text: str) -> dict[str, Any]:

@@ -109,7 +109,11 @@ def _fitted(signal: Signal, fitting: Sequence[Row], judging: Sequence[Row], plan
         seed=plan.seed,
     )
     calibration = found.calibration
-    after_N = calibrations.apply(calibration.map, judge.z(signal.name))
+    z_N = judge.z(signal.name)
+    scored_N = ~np.isnan(z_N)
+    after_N = np.full(len(z_N), np.nan)
+    after_N[scored_N] = calibrations.apply(calibration.map, z_N[scored_N])
+    negatives_n = after_N[scored_N & ~judge.labels]
     return Fitted(
         calibration,
         found.held_out,
@@ -117,8 +121,7 @@ def _fitted(signal: Signal, fitting: Sequence[Row], judging: Sequence[Row], plan
         before=_judged(judge, judge.probability(signal.name), plan.seed),
         after=_judged(judge, after_N, plan.seed),
         fpr_at_thresholds={
-            f"{t.max_fpr:g}": float(np.mean(after_N[~judge.labels] > t.score))
-            for t in calibration.thresholds
+            f"{t.max_fpr:g}": float(np.mean(negatives_n > t.score)) for t in calibration.thresholds
         },
     )
 

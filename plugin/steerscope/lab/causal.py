@@ -23,8 +23,8 @@ from steerscope.lab.judging import Judge, Outcome
 from steerscope.steering.interventions import SteeringSpec
 
 NUM_CONTROLS = 12
-OWN_COSINE = 0.999
-"""A dictionary's row closer than this is the feature itself."""
+OWN_COSINE = 0.7
+"""A dictionary's row closer than this is the feature itself, or another version of it."""
 
 
 @dataclass(frozen=True, slots=True)

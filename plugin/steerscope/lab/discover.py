@@ -46,6 +46,8 @@ from steerscope.lab.trial import (
 NUM_LATENTS = 2
 """Latents of each sign that each dictionary sends on, for every choice of tokens."""
 NUM_FINALISTS = 12
+MAX_SIDE = 60
+"""Unrelated dev cases that every edit is tried on."""
 MIN_CASES = 20
 """Of each class in each split; fewer prove nothing."""
 
@@ -95,7 +97,7 @@ class Discovery:
     contrast: Contrast
     confirmed: tuple[Comparison, Comparison]
     side: tuple[float, ...]
-    """Unrelated answers that changed, under each of the two edits; empty without such cases."""
+    """Unrelated test answers that changed, under each of the two edits; empty without any."""
     gates: Mapping[str, FeatureVectors]
     dev: Sides
 
@@ -106,15 +108,15 @@ class Discovery:
 
     @property
     def probe(self) -> Candidate:
-        """The best read-only probe at the tokens of a name, or wherever there is one."""
-        return next(c for c in self.ranked if c.kind is FeatureKind.PROBE)
+        """The best probe that the chosen feature's gate can point at, or that needs no pointing."""
+        return _probe(self.ranked, self.finalist.candidate)
 
 
 def discover(
     plan: Plan, judge: Judge, dictionaries: Dictionaries, told: Callable[[str], None]
 ) -> Discovery:
     """Run the whole study; raise ``LabError`` or ``CaseError`` where it would prove nothing."""
-    everything = [*plan.positive, *plan.negative]
+    everything = [c for c in (*plan.positive, *plan.negative) if case_files.split_of(c)]
     case_files.check_apart(plan.positive, plan.negative)
     case_files.check_held_out(everything)
     fit_cases = case_files.in_split(everything, "fit")
@@ -162,14 +164,16 @@ def _tried(
         with Bench(
             plan.model, catalog, max_tokens=plan.max_tokens, engine_args=plan.engine_args
         ) as bench:
-            turned = turn_all(bench, finalists, dev, distinct, judge)
+            aside = case_files.in_split(plan.side, "dev")[:MAX_SIDE]
+            turned = turn_all(bench, finalists, dev, aside, distinct, judge)
             chosen = best(turned)
             told(f"confirming {chosen[0].finalist.name} beside {plan.num_controls} controls")
             confirmed = [
                 confirm(bench, t, made, [h.case for h in side], judge, plan.num_controls)
                 for t, side in zip(chosen, (test.negative, test.positive), strict=True)
             ]
-            side = tuple(_side_damage(bench, plan.side, t, judge) for t in chosen if plan.side)
+            rest = case_files.in_split(plan.side, "test")
+            side = tuple(_side_damage(bench, rest, t, judge) for t in chosen if rest)
     return Discovery(
         plan=plan,
         split_digest=case_files.digest([*plan.positive, *plan.negative]),
@@ -208,7 +212,18 @@ def _reported(ranked: Sequence[Candidate], chosen: Candidate) -> list[Candidate]
         next((c for c in ranked if c.kind is kind), None)
         for kind in dict.fromkeys(c.kind for c in ranked)
     ]
-    return list(dict.fromkeys([chosen, *(c for c in firsts if c is not None)]))
+    probe = _probe(ranked, chosen)
+    return list(dict.fromkeys([chosen, probe, *(c for c in firsts if c is not None)]))
+
+
+def _probe(ranked: Sequence[Candidate], chosen: Candidate) -> Candidate:
+    for candidate in ranked:
+        if candidate.kind is not FeatureKind.PROBE or not candidate.is_positive:
+            continue
+        pointed = (candidate.key, candidate.choice) == (chosen.key, chosen.choice)
+        if candidate.choice is TokenChoice.LAST_PROMPT or pointed:
+            return candidate
+    raise LabError("no probe reads the cases better than chance")
 
 
 def _read(candidate: Candidate, test: Sides, seed: int) -> ScoreReport:

@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from steerscope.catalog import authoring
-from steerscope.catalog.model import Fingerprint, Site
+from steerscope.catalog.model import Fingerprint, LabelSlug, Site
 from steerscope.catalog.store import SiteKey
 from steerscope.errors import LabError
 from steerscope.lab import cases as case_files
@@ -28,23 +30,33 @@ def run(arguments: argparse.Namespace, judge: Judge, told: Callable[[str], None]
     opposite = arguments.opposite or f"not_{arguments.name}"
     names = [arguments.name, opposite, f"{arguments.name}_probe", f"{arguments.name}_gate"]
     findings.check_names(names, catalog, arguments.append)
+    label = _label(arguments.label or arguments.name)
+    keys = _keys(arguments.site, model)
+    dictionaries = _dictionaries(arguments, model, keys, told)
     plan = Plan(
         model=arguments.model,
         positive=case_files.load(arguments.positive),
         negative=case_files.load(arguments.negative),
         side=case_files.load(arguments.side) if arguments.side else (),
-        keys=_keys(arguments.site, model),
+        keys=keys,
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
         engine_args=arguments.vllm,
     )
-    found = discover(plan, judge, _dictionaries(arguments, model, told), told)
-    written = findings.Findings(found, arguments.name, opposite, arguments.label or arguments.name)
-    written.write(catalog, append=arguments.append)
+    found = discover(plan, judge, dictionaries, told)
     report.write_discovery(arguments.out, found, findings.tree(found))
+    written = findings.Findings(found, arguments.name, opposite, label)
+    written.write(catalog, append=arguments.append)
     print(f"{catalog}: {written.feature_name}")
     print(arguments.out / "DISCOVERY.md")
     return 0
+
+
+def _label(label: str) -> str:
+    try:
+        return msgspec.convert(label, LabelSlug)
+    except msgspec.ValidationError as error:
+        raise LabError(f"--label {label!r}: {error}") from None
 
 
 def _keys(sites: Sequence[str] | None, model: Fingerprint) -> list[SiteKey]:
@@ -61,11 +73,19 @@ def _keys(sites: Sequence[str] | None, model: Fingerprint) -> list[SiteKey]:
 
 
 def _dictionaries(
-    arguments: argparse.Namespace, model: Fingerprint, told: Callable[[str], None]
+    arguments: argparse.Namespace,
+    model: Fingerprint,
+    keys: Sequence[SiteKey],
+    told: Callable[[str], None],
 ) -> Dictionaries:
     if arguments.sae:
         opened = [saes.open_dictionary(reference, model) for reference in arguments.sae]
-        return lambda seen, found: [d for d in opened if d.key in seen.sample]
+        for dictionary in opened:
+            if dictionary.key not in keys:
+                raise LabError(f"--sae: it reads {dictionary.key}, which no --site captures")
+        return lambda seen, found: opened
+    if (arguments.out / SAES).exists():
+        raise LabError(f"{arguments.out / SAES}: exists already; give them with --sae")
     settings = [DictionarySettings(seed=arguments.seed + seed) for seed in SEEDS]
     name = Path(arguments.model).name
     return saes.trained(settings, arguments.num_train, told, arguments.out / SAES, name)

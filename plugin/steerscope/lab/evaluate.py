@@ -117,6 +117,9 @@ class Evaluation:
 def evaluate(plan: Plan, judge: Judge, told: Callable[[str], None]) -> tuple[Evaluation, list[Row]]:
     """Ask, score and steer; return the report and the sheet behind it."""
     catalog = store.load(plan.catalog)
+    groups = {case.group for case in plan.cases}
+    if stray := [group for group in plan.side_groups if group not in groups]:
+        raise LabError(f"no case of the split is in group {stray[0]!r}")
     signals = [signal for signal in catalog.signals if signal.predicts is not None]
     if not signals and not plan.policies:
         raise LabError("no signal of the catalog says what it predicts, and no policy was named")

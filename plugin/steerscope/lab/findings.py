@@ -99,7 +99,7 @@ class Findings:
             f"{len(self._found.ranked)} candidates for how far it turns answers both ways.",
             evidence=self._evidence(),
         )
-        probe = self._probe()
+        probe = self._found.probe
         key = finalist.candidate.key
         return [
             chosen,
@@ -124,19 +124,8 @@ class Findings:
         return {
             self.feature_name: finalist.candidate.vectors,
             self.gate_name: self._found.gates[finalist.gate],
-            self.probe_name: self._probe().vectors,
+            self.probe_name: self._found.probe.vectors,
         }
-
-    def _probe(self) -> Candidate:
-        """The best probe that the gate can point at, or that needs no pointing."""
-        finalist = self._found.finalist.candidate
-        for candidate in self._found.ranked:
-            if candidate.kind is not FeatureKind.PROBE or not candidate.is_positive:
-                continue
-            pointed = (candidate.key, candidate.choice) == (finalist.key, finalist.choice)
-            if candidate.choice is TokenChoice.LAST_PROMPT or pointed:
-                return candidate
-        raise LabError("no probe reads the cases better than chance")
 
     def _reading(self, candidate: Candidate) -> Reading | None:
         return next((r for r in self._found.readings if r.candidate is candidate), None)
@@ -164,7 +153,7 @@ class Findings:
         )
 
     def _signal(self) -> Signal:
-        probe, dev = self._probe(), self._found.dev
+        probe, dev = self._found.probe, self._found.dev
         term = Term(
             feature=self.probe_name,
             reduce=_REDUCTIONS[probe.choice],
@@ -217,6 +206,7 @@ def tree(found: Discovery) -> Mapping[str, Any]:
                 "strength": t.strength,
                 "flipped": t.flipped,
                 "malformed": t.malformed,
+                "damaged": t.damaged,
             }
             for t in found.turned
         ],

@@ -177,7 +177,8 @@ def _policy(folder: Path, name: str, report: PolicyReport) -> str:
         f"Edits {', '.join(report.features)}. Amount 1 is the policy as declared; the dose is the "
         "mean relative size of the change at changed tokens, measured; edited is the share of "
         "cases with such a token, changed that of other answers than unsteered. Controls make the "
-        "same edit along random directions of the same norm.",
+        "same edit along random directions of the same norm; a dictionary's rows with a cosine above .7 "
+        "to the feature are not drawn, as they may be other versions of it.",
         markdown.table(head, lines),
     ]
     for n, (group, curve) in enumerate(report.groups.items(), 1):
@@ -283,7 +284,8 @@ def write_discovery(folder: Path, found: Discovery, tree: Mapping[str, Any]) -> 
         "## What editing it does",
         _confirmed(found),
         "## Who else was tried",
-        "Shares of dev cases that turned, at each strength. Reading well and turning answers are "
+        "Shares of dev cases that turned, at each strength, and of unrelated dev answers that "
+        "changed with them. Reading well and turning answers are "
         "different things: what reads best may turn nothing.",
         _turned(found),
         _NOT_SHOWN,
@@ -308,7 +310,7 @@ def _confirmed(found: Discovery) -> str:
     side = ""
     if found.side:
         side = (
-            f"\n\nUnrelated answers changed: {found.side[0]:.3f} of them by the first edit, "
+            f"\n\nUnrelated test answers changed: {found.side[0]:.3f} of them by the first edit, "
             f"{found.side[1]:.3f} by the second."
         )
     told = (
@@ -325,7 +327,7 @@ def _turned(found: Discovery) -> str:
         candidate = finalist.candidate
         cells = [
             " / ".join(
-                f"{t.flipped:.2f}"
+                f"{t.flipped:.2f} ({t.damaged:.2f})"
                 for strength in strengths
                 for t in found.turned
                 if t.finalist is finalist and t.toward_positive is way and t.strength == strength

@@ -83,11 +83,13 @@ class Turned:
     strength: float
     flipped: float
     malformed: float
+    damaged: float = 0.0
+    """Share of unrelated dev answers that changed; 0 where there are no such cases."""
 
     @property
     def net(self) -> float:
-        """Flipped, less what was only broken."""
-        return round(self.flipped - self.malformed, 3)
+        """Flipped, less what was only broken, here or elsewhere."""
+        return round(self.flipped - self.malformed - self.damaged, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +146,16 @@ def gate_feature(name: str, key: SiteKey, choice: TokenChoice) -> Feature:
 
 
 def turn_all(
-    bench: Bench, finalists: Sequence[Finalist], dev: Sides, found: Contrast, judge: Judge
+    bench: Bench,
+    finalists: Sequence[Finalist],
+    dev: Sides,
+    side: Sequence[Case],
+    found: Contrast,
+    judge: Judge,
 ) -> list[Turned]:
-    """Every finalist, both ways, at every strength, on dev."""
+    """Every finalist, both ways, at every strength, on dev and on unrelated dev cases."""
     turned = []
+    aside = say(bench, side, judge)
     for toward_positive in (True, False):
         cases = [h.case for h in (dev.negative if toward_positive else dev.positive)]
         unsteered = say(bench, cases, judge)
@@ -157,7 +165,10 @@ def turn_all(
                 seen = effect(say(bench, cases, judge, spec), unsteered)
                 share = found.shares[0 if toward_positive else 1]
                 flipped = float(getattr(seen, share))
-                turned.append(Turned(finalist, toward_positive, strength, flipped, seen.malformed))
+                damaged = effect(say(bench, side, judge, spec), aside).changed if side else 0.0
+                turned.append(
+                    Turned(finalist, toward_positive, strength, flipped, seen.malformed, damaged)
+                )
     return turned
 
 

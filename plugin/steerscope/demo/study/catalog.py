@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import msgspec
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steerscope.catalog import store
 from steerscope.demo.study.interventions import Activation, Feature, Intervention, Rivals, When
 
 SCHEMA: Final = "steerscope.catalog/v1"
@@ -249,7 +251,7 @@ def _read_policy(entry: Mapping[str, Any], features: Mapping[str, Feature]) -> P
 
 def read_catalog(folder: Path) -> Catalog:
     """Read what `write_catalog` wrote."""
-    tree = yaml.safe_load((folder / "catalog.yaml").read_text(encoding="utf-8"))
+    tree = msgspec.to_builtins(store.load(folder).document)
     tensors = load_file(folder / "features.safetensors")
     rivals = {d["name"]: _read_dictionary(d, tensors) for d in tree["dictionaries"]}
     features = tuple(_read_feature(entry, tensors, rivals) for entry in tree["features"])
@@ -258,7 +260,7 @@ def read_catalog(folder: Path) -> Catalog:
         Signal(
             s["name"],
             s["description"],
-            tuple(Term(**t) for t in s["terms"]),
+            tuple(Term(t["feature"], t["reduce"], t["weight"], t["first"]) for t in s["terms"]),
             s["bias"],
             s["predicts"],
             s["evidence"],
