@@ -177,8 +177,8 @@ def _policy(folder: Path, name: str, report: PolicyReport) -> str:
         f"Edits {', '.join(report.features)}. Amount 1 is the policy as declared; the dose is the "
         "mean relative size of the change at changed tokens, measured; edited is the share of "
         "cases with such a token, changed that of other answers than unsteered. Controls make the "
-        "same edit along random directions of the same norm; a dictionary's rows with a cosine above .7 "
-        "to the feature are not drawn, as they may be other versions of it.",
+        "same edit along random directions of the same norm; a dictionary's rows with a cosine "
+        "above .7 to the feature are not drawn, as they may be other versions of it.",
         markdown.table(head, lines),
     ]
     for n, (group, curve) in enumerate(report.groups.items(), 1):
