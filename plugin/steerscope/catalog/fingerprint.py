@@ -32,9 +32,7 @@ class ServedModel:
     folder: Path | None
 
 
-def check(
-    expected: Fingerprint, served: ServedModel, allow_fine_tune: bool = False
-) -> Comparison:
+def check(expected: Fingerprint, served: ServedModel, allow_fine_tune: bool = False) -> Comparison:
     """Compare; raise ``ModelMismatchError`` listing what differs.
 
     With ``allow_fine_tune`` only the geometry must match; what else differs is returned.
