@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from conftest import ENGINE
+from commands import ENGINE
 from safetensors.numpy import save_file
 from steerscope.catalog import authoring
 from steerscope.catalog.model import Site

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ENGINE, on_engine, ran, steerscope
+from commands import ENGINE, on_engine, ran, steerscope
 from steerscope.catalog import authoring, store
 from steerscope.catalog.model import LabelSource, Site
 from steerscope.catalog.store import SiteKey
