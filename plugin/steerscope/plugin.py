@@ -81,26 +81,41 @@ def front_end(vllm_config: Any) -> FrontEnd | None:
     settings = _settings(vllm_config)
     if settings is None:
         return None
-    from steerscope.engine import seams
     from steerscope.hub.link import FrontendLink
     from steerscope.steering.frontend import FrontEnd
 
     catalog = load_catalog(settings)
     link = FrontendLink(config.require_hub_endpoint(), catalog.digest)
     link.start()
-    # A connector's store is keyed by tokens: steered KV would be served to the unsteered.
-    refused = "nothing is steered with --kv-transfer-config, only observed"
-    return FrontEnd(catalog, settings, link, refused if seams.has_external_kv(vllm_config) else "")
+    return FrontEnd(catalog, settings, link, _refused(vllm_config))
 
 
 def scheduler_side(vllm_config: Any) -> SchedulerSide | None:
-    """The scheduler's half."""
-    if _settings(vllm_config) is None:
+    """The scheduler's half, open to the hub's orders."""
+    settings = _settings(vllm_config)
+    if settings is None:
         return None
     from steerscope.engine import seams
+    from steerscope.engine.orders import EngineLink, Limits, OrderBook
     from steerscope.engine.scheduling import SchedulerSide
 
-    return SchedulerSide(speculative=seams.is_speculative(vllm_config))
+    assert settings.catalog_digest is not None
+    engine = str(vllm_config.parallel_config.data_parallel_index)
+    link = EngineLink(config.require_hub_endpoint(), engine, settings.catalog_digest)
+    limits = Limits(
+        settings.catalog_digest, settings.steering.max_rows_per_request, _refused(vllm_config)
+    )
+    book = OrderBook(link.arrived, link.answer, limits)
+    return SchedulerSide(seams.is_speculative(vllm_config), book)
+
+
+def _refused(vllm_config: Any) -> str:
+    """Why nothing may be steered in this engine; empty where it may."""
+    from steerscope.engine import seams
+
+    # A connector's store is keyed by tokens: steered KV would be served to the unsteered.
+    refused = "nothing is steered with --kv-transfer-config, only observed"
+    return refused if seams.has_external_kv(vllm_config) else ""
 
 
 def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -77,7 +78,8 @@ class EngineProcess:
         A request may also say ``arrive_at``, the step before which it is submitted, and
         ``abort_after``, how many tokens it may have before it is aborted. ``change_after`` is
         how many it has when its steering is changed in flight to ``change_to``, a spec's JSON or
-        ``release``; ``change_at_step`` is the step before which that happens.
+        ``release``; ``change_at_step`` is the step before which that happens. ``pace`` is how
+        many seconds each step of the round takes at least, for a test that acts meanwhile.
         """
         self.process.stdin.write(json.dumps(requests).encode() + b"\n")
         self.process.stdin.flush()
@@ -151,6 +153,7 @@ class Round:
         self.timed: dict[int, tuple[str, str]] = {}
         self.changed_at: dict[str, int] = {}
         self.index_of: dict[str, int] = {}
+        self.pace = max((request.pop("pace", 0.0) for request in requests), default=0.0)
         indexed = [(i, {"arrive_at": 0, **request}) for i, request in enumerate(requests)]
         self.arriving = sorted(indexed, key=lambda item: item[1]["arrive_at"], reverse=True)
 
@@ -164,6 +167,7 @@ class Round:
             for output in self.engine.step():
                 self.take(output)
             step += 1
+            time.sleep(self.pace)
         for _ in range(NUM_LAST_STEPS):
             self.engine.step()
         return self.results

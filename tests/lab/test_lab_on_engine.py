@@ -124,7 +124,7 @@ def test_explain_writes_a_card_that_shows_where_a_feature_fires(discovered, case
     assert "given by a program, not reviewed" in card
     entities = {c.entity for c in case_files_of.load(case_files / "evaluation.jsonl")}
     lasts = {entity.split()[-1] for entity in entities if entity}
-    highest = re.findall(r"\*\*\\\[(.+?)\\\]\*\*", card)
+    highest = [re.sub(r"\W", "", peak) for peak in re.findall(r"<b>(.+?)</b>", card)]
     assert len(highest) == 10
     assert sum(any(last.endswith(word) for last in lasts) for word in highest) >= 8
 

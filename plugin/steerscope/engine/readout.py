@@ -275,6 +275,8 @@ class Readout:
 
     def _applied(self, stamp: Stamp) -> str:
         """The digest of what this worker does, made from that and not copied from the stamp."""
+        if not stamp.current:
+            return ""
         return steering_digest(self._source.catalog_digest, stamp.current, stamp.max_dose)
 
     def _cached(self, slots: IntArray) -> CachedActivations | None:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
+from steerscope.engine.orders import OrderBook, StampFrom
 from steerscope.steering.stamp import Stamp, encode
+
+Stamps = Callable[[], Mapping[str, tuple[Stamp, int]]]
+"""Every request's stamp and prompt length."""
 
 
 class StepNote(NamedTuple):
@@ -48,13 +52,15 @@ class SchedulerSide:
     Args:
         speculative: whether steps hold drafts, so that workers need to be told which
             of the tokens they computed were accepted.
+        orders: what the hub asks for; None where there is no hub to ask.
     """
 
-    def __init__(self, speculative: bool) -> None:
+    def __init__(self, speculative: bool, orders: OrderBook | None = None) -> None:
         self._speculative = speculative
+        self._orders = orders
         self._ended: dict[str, int] = {}
         self._scheduled: tuple[str, ...] = ()
-        self._changes: dict[str, Callable[[int], Stamp]] = {}
+        self._changes: dict[str, StampFrom] = {}
 
     def end(self, req_id: str, request: Running, has_unfed_token: bool) -> None:
         """The request ended; the last token sampled was not fed unless it was aborted."""
@@ -62,17 +68,22 @@ class SchedulerSide:
         self._ended[req_id] = min(request.num_computed_tokens, known)
         self._changes.pop(req_id, None)
 
-    def change(self, req_id: str, stamp_from: Callable[[int], Stamp]) -> None:
+    def change(self, req_id: str, stamp_from: StampFrom) -> None:
         """Steer a request anew from its next step on; ``stamp_from`` takes the position."""
         self._changes[req_id] = stamp_from
 
     def before_step(
-        self, requests: Mapping[str, Running], restamp: Callable[[str, int, Stamp], None]
+        self,
+        requests: Mapping[str, Running],
+        restamp: Callable[[str, int, Stamp], None],
+        stamps: Stamps,
     ) -> StepNote:
         """What this step's note says; called before the scheduler decides on the step.
 
         ``restamp`` is called with (request, first position, stamp) for each change.
         """
+        if self._orders is not None:
+            self._changes.update(self._orders.due(stamps))
         computed = {
             req_id: requests[req_id].num_computed_tokens
             for req_id in self._scheduled
@@ -97,7 +108,8 @@ class SchedulerSide:
             # A preempted request starts over, but what it said is said.
             said = request.num_tokens - 1 if request.num_output_tokens else 0
             first = max(request.num_computed_tokens, said)
-            stamp = stamp_from(first)
+            if (stamp := stamp_from(first)) is None:
+                continue
             restamp(req_id, first, stamp)
             stamps[req_id] = encode(stamp)
         return stamps

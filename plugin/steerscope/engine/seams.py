@@ -432,7 +432,8 @@ def _schedule(
     side = _side(callbacks, self)
     if side is None:
         return original(self, *args, **kwargs)
-    note = side.before_step(self.requests, functools.partial(_restamp, self))
+    restamp, stamps = functools.partial(_restamp, self), functools.partial(_stamps, self)
+    note = side.before_step(self.requests, restamp, stamps)
     scheduler_output = original(self, *args, **kwargs)
     side.after_step(scheduler_output.num_scheduled_tokens)
     if self.connector is not None:
@@ -469,6 +470,15 @@ def _freed(
         completed = request.num_output_tokens > 0 and str(reason) not in ("abort", "error")
         side.end(request.request_id, request, has_unfed_token=completed)
     return original(self, request, *args, **kwargs)
+
+
+def _stamps(scheduler: Any) -> dict[str, tuple[stamp.Stamp, int]]:
+    found = {}
+    for req_id, request in scheduler.requests.items():
+        extra_args = getattr(request.sampling_params, "extra_args", None) or {}
+        if (payload := extra_args.get(stamp.STAMP_KEY)) is not None:
+            found[req_id] = stamp.decode(payload), request.num_prompt_tokens
+    return found
 
 
 def _restamp(scheduler: Any, req_id: str, position: int, changed: stamp.Stamp) -> None:

@@ -1,0 +1,178 @@
+"""Orders from the hub, carried out at a step boundary by the scheduler's half.
+
+``OrderBook`` belongs to the scheduler's thread and holds what still waits; ``EngineLink`` is the
+daemon thread that owns the socket. Between them are two queues, so that a step with nothing to
+do costs one look at an empty queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from steerscope.hub.orders import (
+    ORDERS_VERSION,
+    Applied,
+    Declined,
+    FromEngine,
+    Order,
+    Present,
+    ToEngine,
+    Unwelcome,
+    Withdraw,
+    engines_address,
+)
+from steerscope.steering.interventions import SteeringSpec
+from steerscope.steering.stamp import Stamp
+
+PRESENT_EVERY_SECONDS = 1.0
+POLL_MILLISECONDS = 20
+MAX_WAITING_ORDERS = 10_000
+MAX_ANSWERS = 10_000
+
+_log = logging.getLogger(__name__)
+
+StampFrom = Callable[[int], Stamp | None]
+"""The stamp that holds from a position on; None where it must not be changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this engine allows; ``refused`` says why nothing may be steered, or is empty."""
+
+    catalog_digest: str
+    max_rows_per_request: int
+    refused: str = ""
+
+
+class EngineLink:
+    """The engine core's socket to the hub, and the thread that owns it."""
+
+    def __init__(self, endpoint: str, engine: str, catalog_digest: str) -> None:
+        self._endpoint = endpoint
+        self._present = Present(ORDERS_VERSION, catalog_digest, engine, os.getpid())
+        self.arrived: deque[Order | Withdraw] = deque(maxlen=MAX_WAITING_ORDERS)
+        self._answers: deque[FromEngine] = deque(maxlen=MAX_ANSWERS)
+        threading.Thread(target=self._run, name="steerscope-orders", daemon=True).start()
+
+    def answer(self, message: Applied | Declined) -> None:
+        """Tell the hub; never waits."""
+        self._answers.append(message)
+
+    def _run(self) -> None:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(engines_address(self._endpoint))
+        next_present = 0.0
+        while True:
+            if time.monotonic() >= next_present:
+                next_present = time.monotonic() + PRESENT_EVERY_SECONDS
+                _send(socket, self._present)
+            while self._answers:
+                _send(socket, self._answers.popleft())
+            if socket.poll(POLL_MILLISECONDS):
+                self._receive(socket.recv())
+
+    def _receive(self, payload: bytes) -> None:
+        try:
+            message = msgspec.msgpack.decode(payload, type=ToEngine)
+        except msgspec.MsgspecError as error:
+            _log.error("steerscope: the hub sent something malformed: %s", error)
+            return
+        if isinstance(message, Unwelcome):
+            _log.error("steerscope: the hub refused this engine: %s", message.reason)
+        else:
+            self.arrived.append(message)
+
+
+class OrderBook:
+    """Orders that wait for their requests. Only the scheduler's thread touches it."""
+
+    def __init__(
+        self,
+        arrived: deque[Order | Withdraw],
+        answer: Callable[[Applied | Declined], None],
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._arrived = arrived
+        self._answer = answer
+        self._limits = limits
+        self._clock = clock
+        self._waiting: dict[str, tuple[Order, float]] = {}
+        """By external id: the newest order and when it expires."""
+
+    def due(self, stamps: Callable[[], Mapping[str, tuple[Stamp, int]]]) -> dict[str, StampFrom]:
+        """Changes to make now, by request.
+
+        ``stamps`` gives each running request's stamp and prompt length; it is only called when
+        an order waits.
+        """
+        while self._arrived:
+            self._take(self._arrived.popleft())
+        if not self._waiting:
+            return {}
+        self._expire()
+        found: dict[str, StampFrom] = {}
+        met: set[str] = set()
+        for request_id, (stamp, num_prompt_tokens) in stamps().items():
+            if stamp.external_id in self._waiting:
+                met.add(stamp.external_id)
+                order = self._waiting[stamp.external_id][0]
+                found[request_id] = self._change(order, request_id, stamp, num_prompt_tokens)
+        for external_id in met:
+            del self._waiting[external_id]
+        return found
+
+    def _take(self, message: Order | Withdraw) -> None:
+        if isinstance(message, Order):
+            self._waiting[message.external_id] = (message, self._clock() + message.ttl_seconds)
+            return
+        for external_id, (order, _) in list(self._waiting.items()):
+            if order.order_id == message.order_id:
+                del self._waiting[external_id]
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for external_id in [e for e, (_, until) in self._waiting.items() if until <= now]:
+            del self._waiting[external_id]
+
+    def _change(
+        self, order: Order, request_id: str, stamp: Stamp, num_prompt_tokens: int
+    ) -> StampFrom:
+        spec = SteeringSpec(interventions=order.interventions, max_dose=order.max_dose)
+
+        def stamp_from(position: int) -> Stamp | None:
+            changed = stamp.changed(
+                position, order.policy, spec, self._limits.catalog_digest, num_prompt_tokens
+            )
+            if reason := self._limits.refused or self._too_many(changed):
+                self._answer(Declined(order.order_id, request_id, reason))
+                return None
+            self._answer(Applied(order.order_id, request_id, position))
+            return changed
+
+        return stamp_from
+
+    def _too_many(self, changed: Stamp) -> str:
+        """Rows of past steering are kept: a preempted request computes its past again."""
+        distinct = len({segment.digest for segment in changed.segments})
+        limit = self._limits.max_rows_per_request
+        if distinct <= limit:
+            return ""
+        return f"past and present steering make {distinct} combinations of edits, {limit} allowed"
+
+
+def _send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
+    try:
+        socket.send(msgspec.msgpack.encode(message), zmq.DONTWAIT)
+    except zmq.ZMQError:
+        _log.debug("steerscope: the hub takes no messages; a %s was lost", type(message).__name__)
