@@ -36,6 +36,7 @@ lint: setup ## ruff, import contracts, protos and their generated code
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint proto
+	@$(BIN)/buf breaking proto --against proto/baseline.binpb
 	@scripts/generate_protos.sh --check
 
 type: setup ## mypy, strict

@@ -8,6 +8,8 @@ The file named by ``STEERSCOPE_CONFIG``, or the same tree under
     hub:
       grpc_address: 127.0.0.1:50051
       http_address: 127.0.0.1:9464
+    security: {}                    # who may do what; see security.py
+    state: {sqlite: state.db}       # or redis; relative to the file; absent means memory
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 import yaml
 
+from steerscope import security as access
 from steerscope.catalog.model import ModelMatch
 from steerscope.errors import ConfigError, HubError
 from steerscope.steering.interventions import MAX_INTERVENTIONS, Policy
@@ -56,6 +60,9 @@ class SteeringSettings(_Settings, frozen=True):
     max_rows_per_request: Positive = 4
     max_dose: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """No steering may ask for more; holds for all that names no ``max_dose`` of its own."""
+    allow_inline: bool | None = None
+    """Whether requests may bring edits instead of a policy's name. Once loaded it is set: absent
+    it is true while no identity is configured and the hub is on loopback, else false."""
 
 
 class TelemetrySettings(_Settings, frozen=True):
@@ -63,6 +70,52 @@ class TelemetrySettings(_Settings, frozen=True):
 
     max_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
     """Host memory per worker for activations beside the KV cache; see ``engine/slots.py``."""
+
+
+class RedisSettings(_Settings, frozen=True):
+    """A Redis that the hubs of a fleet share."""
+
+    url: Annotated[str, msgspec.Meta(pattern=r"^rediss?://")]
+    """Without a password: these settings travel to every process, and vLLM logs them."""
+    prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{1,64}$")] = "steerscope"
+    """Of all keys: one per deployment."""
+    password_env: str | None = None
+    """Names the environment variable, of the launcher, that holds the password."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.password is not None or "password" in parse_qs(parts.query):
+            raise ValueError(
+                "url: must not hold a password, since vLLM logs these settings: "
+                "name the variable that holds it in password_env"
+            )
+
+
+class StateSettings(_Settings, frozen=True):
+    """Where created policies are kept: in memory, or in the one place named."""
+
+    sqlite: str | None = None
+    """A file, for one hub. Absolute once loaded."""
+    redis: RedisSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.sqlite is not None and self.redis is not None:
+            raise ValueError("sqlite and redis cannot both be given")
+
+
+class AuditSettings(_Settings, frozen=True):
+    """The audit log; without a path there is none. See ``hub/audit/log.py``."""
+
+    path: str | None = None
+    """Absolute once loaded; its folder must exist."""
+    max_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 64 << 20
+    keep: Positive | None = None
+    """How many rotated files are kept; absent deletes nothing."""
+    fsync: Literal["every", "changes", "never"] = "changes"
+    on_error: Literal["refuse", "continue"] = "refuse"
+    """Whether steering may change while it cannot be recorded."""
+    key_file: str | None = None
+    """Adds an HMAC to each line. Absolute once loaded."""
 
 
 class Settings(_Settings, frozen=True):
@@ -79,6 +132,15 @@ class Settings(_Settings, frozen=True):
     hub: HubSettings = HubSettings()
     steering: SteeringSettings = SteeringSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    state: StateSettings = StateSettings()
+    audit: AuditSettings = AuditSettings()
+    security: access.Security = access.Security()
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where the hub listens, by setting."""
+        fields = ("grpc_address", "http_address")
+        return {f"hub.{field}": getattr(self.hub, field) for field in fields}
 
 
 def load_file(path: Path) -> Settings:
@@ -87,7 +149,7 @@ def load_file(path: Path) -> Settings:
         tree = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
     return from_tree(tree, base=path.resolve().parent, where=str(path))
 
@@ -101,7 +163,31 @@ def from_tree(tree: Any, *, base: Path, where: str) -> Settings:
     catalog = (base / settings.catalog).resolve()
     if not catalog.is_dir():
         raise ConfigError(f"{where}: catalog: no folder {catalog}")
-    return msgspec.structs.replace(settings, catalog=str(catalog))
+    state = settings.state
+    if state.sqlite is not None:
+        state = msgspec.structs.replace(state, sqlite=str((base / state.sqlite).absolute()))
+    files = {
+        field: str((base / path).absolute())
+        for field in ("path", "key_file")
+        if (path := getattr(settings.audit, field)) is not None
+    }
+    audit = msgspec.structs.replace(settings.audit, **files)
+    settings = msgspec.structs.replace(settings, catalog=str(catalog), state=state, audit=audit)
+    return _secured(settings, base, where)
+
+
+def _secured(settings: Settings, base: Path, where: str) -> Settings:
+    """The settings with ``security`` checked and what follows from it filled in."""
+    security = access.resolved(settings.security, base)
+    try:
+        access.check(security, settings.addresses)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    steering = settings.steering
+    if steering.allow_inline is None:
+        private = access.is_private(security, settings.addresses.values())
+        steering = msgspec.structs.replace(steering, allow_inline=private)
+    return msgspec.structs.replace(settings, security=security, steering=steering)
 
 
 def to_tree(settings: Settings) -> dict[str, Any]:
@@ -130,6 +216,15 @@ def pinned(settings: Settings, digest: str) -> Settings:
 def matched(settings: Settings, match: ModelMatch) -> Settings:
     """The settings, with what the launcher found the model to be."""
     return msgspec.structs.replace(settings, model_match=match)
+
+
+def redis_password(settings: RedisSettings, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The password in the variable that the settings name; ``ConfigError`` if it is not set."""
+    if settings.password_env is None:
+        return None
+    if settings.password_env not in environ:
+        raise ConfigError(f"state.redis.password_env: {settings.password_env} is not set")
+    return environ[settings.password_env]
 
 
 def is_configured(environ: Mapping[str, str] = os.environ) -> bool:

@@ -1,12 +1,17 @@
 import math
+import time
+import uuid
 
 import grpc
 import msgspec
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from hub_world import eventually
+from steerscope.api.v1 import catalog_pb2, catalog_pb2_grpc, steering_pb2_grpc
 from steerscope.api.v1 import steering_pb2 as pb
-from steerscope.api.v1 import steering_pb2_grpc
 from steerscope.client import Client
 from steerscope.config import SteeringSettings
 from steerscope.errors import HubError, SpecError
@@ -40,6 +45,14 @@ def refusal(call):
     (info,) = infos
     assert info.domain == "steerscope"
     return caught.value.code(), info.reason, fields
+
+
+def changed(name, *paths, etag="", **policy):
+    """An UpdatePolicyRequest."""
+    return pb.UpdatePolicyRequest(
+        policy=pb.Policy(name=f"policies/{name}", etag=etag, **policy),
+        update_mask=FieldMask(paths=paths),
+    )
 
 
 def creation(*interventions, policy_id="refused", **policy):
@@ -246,3 +259,283 @@ def test_a_phase_that_the_enum_does_not_have_is_refused(stub):
     code, _, fields = refusal(lambda: stub.CreatePolicy(creation(edit)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert fields == ["policy.interventions[0].phase"]
+
+
+def test_a_creation_asked_for_again_gets_the_same_answer(client):
+    call = {"description": "once", "request_id": str(uuid.uuid4())}
+    first = client.create_policy("once", [CLAMP], **call)
+    assert client.create_policy("once", [CLAMP], **call) == first
+    client.update_policy("once", description="since then changed")
+    assert client.create_policy("once", [CLAMP], **call) == first
+    assert client.get_policy("once").description == "since then changed"
+    client.delete_policy("once")
+    assert client.create_policy("once", [CLAMP], **call) == first
+    with pytest.raises(HubError, match="NOT_FOUND"):
+        client.get_policy("once")
+
+
+def test_a_request_id_used_for_something_else_is_refused(client, stub):
+    request = creation(pb.Intervention(feature="known", add=1.0), policy_id="first-use")
+    request.request_id = str(uuid.uuid4())
+    stub.CreatePolicy(request)
+    request.policy_id = "second-use"
+    code, reason, _ = refusal(lambda: stub.CreatePolicy(request))
+    assert (code, reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+    assert "policies/second-use" not in [policy.name for policy in client.list_policies()]
+
+
+@pytest.mark.parametrize("request_id", ["again", "{}", str(uuid.UUID(int=0)), str(uuid.uuid1())])
+def test_a_request_id_that_is_no_random_uuid_is_refused(stub, request_id):
+    request = creation(pb.Intervention(feature="known", add=1.0))
+    request.request_id = request_id
+    code, _, fields = refusal(lambda: stub.CreatePolicy(request))
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["request_id"])
+
+
+def test_an_update_changes_what_its_mask_names_and_nothing_else(client, stub):
+    edit, other = pb.Intervention(feature="known", add=1.0), pb.Intervention(feature="known", add=2)
+    old = client.create_policy("masked", [CLAMP], max_dose=0.5, description="old", ttl=60)
+    request = changed(
+        "masked", "interventions", interventions=[other], description="not named", max_dose=0.1
+    )
+    new = stub.UpdatePolicy(request).policy
+    assert new.interventions[0].add == 2.0
+    assert (new.description, new.max_dose, new.expire_time) == ("old", 0.5, old.expire_time)
+    assert new.create_time == old.create_time
+    assert new.update_time.ToNanoseconds() > old.update_time.ToNanoseconds()
+    assert len({new.etag, old.etag}) == len({new.revision_id, old.revision_id}) == 2
+    cleared = stub.UpdatePolicy(changed("masked", "max_dose", "ttl", interventions=[edit])).policy
+    assert not cleared.HasField("max_dose")
+    assert not cleared.HasField("expire_time")
+    assert cleared.interventions[0].add == 2.0
+
+
+def test_an_update_without_a_mask_changes_what_is_given(client, stub):
+    client.create_policy("given", [CLAMP], max_dose=0.5, description="old")
+    new = stub.UpdatePolicy(changed("given", description="new")).policy
+    assert (new.description, new.max_dose, new.interventions[0].clamp) == ("new", 0.5, 6.0)
+
+
+def test_a_mask_of_everything_replaces_everything(client, stub):
+    client.create_policy("whole", [CLAMP], max_dose=0.5, annotations={"team": "search"}, ttl=60)
+    edit = pb.Intervention(feature="unknown", scale=0.5)
+    new = stub.UpdatePolicy(changed("whole", "*", interventions=[edit])).policy
+    assert new.interventions[0].scale == 0.5
+    assert not new.annotations
+    assert not new.HasField("max_dose")
+    assert not new.HasField("expire_time")
+
+
+@pytest.mark.parametrize("path", ["origin", "etag", "interventions.feature", "nothing", ""])
+def test_a_mask_of_what_cannot_be_updated_is_refused(client, stub, path):
+    client.create_policy("unmoved", [CLAMP])
+    code, _, fields = refusal(lambda: stub.UpdatePolicy(changed("unmoved", path)))
+    client.delete_policy("unmoved")
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["update_mask"])
+
+
+def test_an_update_of_another_version_than_meant_is_aborted(client, stub):
+    old = client.create_policy("contested", [CLAMP])
+    new = client.update_policy("contested", description="theirs", etag=old.etag)
+    request = changed("contested", description="ours", etag=old.etag)
+    code, reason, _ = refusal(lambda: stub.UpdatePolicy(request))
+    assert (code, reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
+    assert client.get_policy("contested") == new
+
+
+def test_an_update_that_changes_nothing_makes_no_revision(client):
+    created = client.create_policy("steady", [CLAMP], description="as it is")
+    assert client.update_policy("steady", description="as it is") == created
+    assert len(client.list_policy_revisions("steady")) == 1
+
+
+def test_a_bad_update_is_refused_with_its_field_and_changes_nothing(client, stub):
+    created = client.create_policy("guarded", [CLAMP])
+    edit = pb.Intervention(feature="nobody", add=1.0)
+    code, _, fields = refusal(
+        lambda: stub.UpdatePolicy(changed("guarded", interventions=[edit], description="x"))
+    )
+    assert (code, fields) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        ["policy.interventions[0].feature"],
+    )
+    assert client.get_policy("guarded") == created
+
+
+def test_a_missing_policy_is_updated_only_if_that_is_allowed(client, stub):
+    request = changed("absent", interventions=[pb.Intervention(feature="known", add=1.0)])
+    assert refusal(lambda: stub.UpdatePolicy(request))[0] is grpc.StatusCode.NOT_FOUND
+    made = client.update_policy("absent", interventions=[CLAMP], allow_missing=True)
+    assert client.get_policy("absent") == made
+    with pytest.raises(SpecError) as caught:
+        client.update_policy("Bad Name", interventions=[CLAMP], allow_missing=True)
+    assert caught.value.field == "policy.name"
+
+
+def test_validate_only_updates_and_deletes_nothing(client):
+    created = client.create_policy("tried", [CLAMP])
+    assert client.update_policy("tried", description="x", validate_only=True).description == "x"
+    client.delete_policy("tried", validate_only=True)
+    assert client.get_policy("tried") == created
+    with pytest.raises(HubError, match="ABORTED"):
+        client.delete_policy("tried", etag="other", validate_only=True)
+
+
+def test_a_missing_policy_is_deleted_only_if_that_is_allowed(client):
+    client.delete_policy("never-was", allow_missing=True)
+    with pytest.raises(HubError, match="NOT_FOUND"):
+        client.delete_policy("never-was")
+
+
+def test_a_policy_of_the_catalog_cannot_be_updated(stub):
+    code, reason, _ = refusal(lambda: stub.UpdatePolicy(changed("force-known", description="x")))
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POLICY_READ_ONLY")
+
+
+def test_revisions_are_kept_newest_first_and_can_be_asked_for(client, stub):
+    made = [client.create_policy("history", [CLAMP], description="0")]
+    made += [client.update_policy("history", description=str(i)) for i in range(1, 25)]
+    kept = client.list_policy_revisions("history")
+    assert [p.description for p in kept] == [str(i) for i in range(24, 4, -1)]
+    assert kept[0].name == f"policies/history@{made[-1].revision_id}"
+    assert client.get_policy("history", made[10].revision_id).description == "10"
+    with pytest.raises(HubError, match="NOT_FOUND"):
+        client.get_policy("history", made[0].revision_id)
+    page = stub.ListPolicyRevisions(
+        pb.ListPolicyRevisionsRequest(name="policies/history", page_size=15)
+    )
+    rest = stub.ListPolicyRevisions(
+        pb.ListPolicyRevisionsRequest(
+            name="policies/history", page_size=15, page_token=page.next_page_token
+        )
+    )
+    assert [*page.policies, *rest.policies] == kept
+    assert not rest.next_page_token
+
+
+def test_an_expired_policy_is_gone_from_the_hub_and_its_front_ends_on_time(hub, front_end):
+    with Client(f"127.0.0.1:{hub.grpc_port}") as client:
+        made = client.create_policy("brief", [CLAMP], ttl=0.5)
+        assert "brief" in front_end.policies
+        expires = made.expire_time.ToNanoseconds() / 1e9
+        eventually(lambda: "brief" not in front_end.policies, 3.0)
+        assert expires <= time.time() < expires + 1.0
+        assert "policies/brief" not in [policy.name for policy in client.list_policies()]
+        with pytest.raises(HubError, match="NOT_FOUND"):
+            client.update_policy("brief", description="too late")
+        again = client.create_policy("brief", [CLAMP])
+        assert len(client.list_policy_revisions("brief")) == 1
+        assert again.etag != made.etag
+
+
+def test_a_policy_can_be_given_more_time(hub, front_end):
+    with Client(f"127.0.0.1:{hub.grpc_port}") as client:
+        client.create_policy("extended", [CLAMP], ttl=0.6)
+        client.update_policy("extended", ttl=None)
+        time.sleep(0.8)
+        assert "extended" in front_end.policies
+
+
+@pytest.mark.parametrize(
+    ("expiration", "field"),
+    [
+        ({"expire_time": Timestamp(seconds=1)}, "policy.expire_time"),
+        ({"expire_time": Timestamp(seconds=2**60)}, "policy.expire_time"),
+        ({"expire_time": Timestamp(seconds=4_000_000_000, nanos=-1)}, "policy.expire_time"),
+        ({"ttl": {}}, "policy.ttl"),
+        ({"ttl": {"seconds": -5}}, "policy.ttl"),
+        ({"ttl": {"seconds": 2**50}}, "policy.ttl"),
+    ],
+)
+def test_a_time_that_cannot_be_is_refused(stub, expiration, field):
+    request = creation(pb.Intervention(feature="known", add=1.0), **expiration)
+    code, _, fields = refusal(lambda: stub.CreatePolicy(request))
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        {"Team": "x"},
+        {"": "x"},
+        {"a" * 64: "x"},
+        {"a": "x" * 1025},
+        {f"k{i}": "" for i in range(17)},
+    ],
+)
+def test_annotations_are_bounded(client, annotations):
+    with pytest.raises(SpecError) as caught:
+        client.create_policy("noted", [CLAMP], annotations=annotations)
+    assert caught.value.field == "policy.annotations"
+
+
+def test_a_filter_keeps_what_it_describes(client):
+    client.create_policy("team-a", [CLAMP], annotations={"team": 'the "a"'})
+    client.create_policy("team-b", [{"feature": "unknown", "add": 1.0}], annotations={"team": "b"})
+    gate = {"feature": "known", "above": 1.0}
+    client.create_policy("gated", [{"feature": "unknown", "add": 1.0, "when": gate}])
+
+    def named(filter):
+        return {policy.name.removeprefix("policies/") for policy in client.list_policies(filter)}
+
+    assert named("") >= {"team-a", "team-b", "gated", "force-known"}
+    assert named('origin = "catalog"') == named("origin!=created") == {"force-known"}
+    assert named('annotations.team = "the \\"a\\""') == {"team-a"}
+    assert named("annotations.team != b AND annotations.team != nobody") >= {"team-a", "gated"}
+    both = named('origin = created AND feature:"known"')
+    assert {"team-a", "gated"} <= both
+    assert not both & {"team-b", "force-known"}
+    assert named("name = policies/gated") == named("name=gated") == {"gated"}
+    assert named("state = invalid") == set()
+
+
+@pytest.mark.parametrize(
+    ("filter", "told"),
+    [
+        ("colour = red", "'colour'"),
+        ("origin = theirs", "origin: 'theirs'"),
+        ("feature = known", "feature: '='"),
+        ("origin < created", "origin: '<'"),
+        ("origin = created OR origin = config", "'OR'"),
+        ("NOT origin = created", "NOT"),
+        ("(origin = created)", r"'\(origin"),
+        ("origin = created AND", "not a comparison"),
+        ("origin created", "not a comparison"),
+        ("origin = *", r"'\*'"),
+        ('name = "open', '"open'),
+        (" AND ".join(["name=a"] * 17), "16"),
+        ("name=" + "a" * 1024, "1024"),
+    ],
+)
+def test_a_filter_beyond_what_is_supported_is_refused_by_name(client, filter, told):
+    with pytest.raises(SpecError, match=told) as caught:
+        client.list_policies(filter)
+    assert caught.value.field == "filter"
+
+
+@pytest.mark.parametrize(
+    ("filter", "names"),
+    [
+        ("", {"known", "unknown", "late"}),
+        ("layer >= 2", {"late"}),
+        ("layer < 2 AND steerable = true", {"known", "unknown"}),
+        ("steerable = false", {"late"}),
+        ("kind = sae_latent", set()),
+        ('site = "resid_post" AND layer != 1', {"late"}),
+    ],
+)
+def test_features_can_be_filtered(client, filter, names):
+    assert {feature.name for feature in client.list_features(filter)} == {
+        f"features/{name}" for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    "filter", ["layer = one", "steerable = yes", "label = x", "site = nowhere"]
+)
+def test_a_filter_that_no_feature_can_meet_is_refused(shared_hub, filter):
+    with grpc.insecure_channel(f"127.0.0.1:{shared_hub.grpc_port}") as channel:
+        stub = catalog_pb2_grpc.CatalogServiceStub(channel)
+        request = catalog_pb2.ListFeaturesRequest(filter=filter)
+        code, _, fields = refusal(lambda: stub.ListFeatures(request))
+    assert (code, fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["filter"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from steerscope.catalog import fingerprint, store
 from steerscope.catalog.modelfolder import ModelFolder
 from steerscope.config import Settings
+from steerscope.hub.auth.gate import guard
 from steerscope.steering.policies import check_declared
 
 
@@ -26,5 +27,8 @@ def run(settings: Settings, model: Path | None) -> int:
     print(f"signals   {', '.join(signal.name for signal in catalog.signals) or '-'}")
     named = [p.name for p in (*catalog.policies, *settings.policies)]
     print(f"policies  {', '.join(named) or '-'}")
+    guarded = guard(settings.security, settings.addresses)
+    names = [identity.name for identity in guarded.gate.directory.identities]
+    print(f"security  {'TLS' if guarded.certificates else 'no TLS'}; {', '.join(names) or '-'}")
     print(f"hub       gRPC {settings.hub.grpc_address}, HTTP {settings.hub.http_address}")
     return 0

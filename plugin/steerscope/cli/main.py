@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerscope import __version__
-from steerscope.cli import catalog, lab
+from steerscope.cli import audit, catalog, lab, token
 from steerscope.errors import SteerscopeError
 
 
@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
 
     lab.add_commands(commands)
     catalog.add_commands(commands)
+    audit.add_commands(commands)
+    token.add_commands(commands)
     _add_demo(commands)
     return parser
 

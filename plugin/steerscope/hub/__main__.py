@@ -20,6 +20,7 @@ import zmq
 
 from steerscope import config
 from steerscope.errors import SteerscopeError
+from steerscope.hub.orders import engines_address
 from steerscope.hub.protocol import control_address, frames_address
 from steerscope.hub.server import Hub, run_until_orphaned
 
@@ -53,7 +54,8 @@ async def _serve(settings: config.Settings, arguments: argparse.Namespace) -> No
 def _tidy(endpoint: Path) -> None:
     """Remove our sockets, and the folder if it is then empty: its maker may be gone by now."""
     with contextlib.suppress(OSError):
-        for address in (control_address(str(endpoint)), frames_address(str(endpoint))):
+        for address_of in (control_address, frames_address, engines_address):
+            address = address_of(str(endpoint))
             Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
         endpoint.rmdir()
 

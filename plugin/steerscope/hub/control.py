@@ -13,7 +13,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from steerscope.hub.policies import PolicyStore
+from steerscope.hub.auditing import Auditor
+from steerscope.hub.policy_store import PolicyStore
 from steerscope.hub.protocol import (
     PROTOCOL_VERSION,
     Ack,
@@ -40,8 +41,9 @@ _log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _FrontEnd:
     pid: int
-    acked: int
-    heard_at: float
+    pushed: int = 0
+    acked: int = 0
+    heard_at: float = 0.0
 
     @property
     def is_live(self) -> bool:
@@ -58,7 +60,9 @@ class ControlPlane:
         store: PolicyStore,
         totals: HubTotals,
         asked: AskedLog,
+        auditor: Auditor,
     ) -> None:
+        self._auditor = auditor
         self._catalog_digest = catalog_digest
         self._store = store
         self._totals = totals
@@ -82,17 +86,23 @@ class ControlPlane:
                 await self._take(identity, message)
             await asyncio.sleep(0)  # a flood must not starve the other tasks
 
+    async def keep_current(self) -> None:
+        """Push the policies whenever others are in force, until cancelled."""
+        while True:
+            await self._store.changed()
+            await self._push_all()
+
     async def publish(self) -> bool:
         """Push the policies; whether every live front end acked them in time."""
-        for identity in self._front_ends:
-            await self._push(identity)
+        wanted = self._store.revision
+        await self._push_all()
         async with self._acked:
             try:
                 async with asyncio.timeout(ACK_TIMEOUT_SECONDS):
-                    await self._acked.wait_for(self._all_acked)
+                    await self._acked.wait_for(lambda: self._all_acked(wanted))
             except TimeoutError:
                 self._totals.propagation_timeouts += 1
-                _log.warning("a front end did not ack revision %d", self._store.revision)
+                _log.warning("a front end did not ack revision %d", wanted)
                 return False
         return True
 
@@ -100,12 +110,17 @@ class ControlPlane:
         """Free the socket."""
         self._socket.close()
 
-    def _all_acked(self) -> bool:
+    def _all_acked(self, wanted: int) -> bool:
         return all(
-            front_end.acked >= self._store.revision
+            front_end.acked >= wanted
             for front_end in self._front_ends.values()
             if front_end.is_live
         )
+
+    async def _push_all(self) -> None:
+        for identity, front_end in tuple(self._front_ends.items()):
+            if front_end.pushed < self._store.revision:
+                await self._push(identity, front_end)
 
     async def _take(self, identity: bytes, message: FromFrontend) -> None:
         match message:
@@ -119,7 +134,8 @@ class ControlPlane:
             case Admitted(external_id, policy, digest):
                 self._asked.note(external_id, digest)
                 self._totals.outcomes[self._store.label(policy), Outcome.ADMITTED] += 1
-            case Rejected(policy=policy):
+            case Rejected(external_id, policy, field, reason):
+                self._auditor.rejected(external_id, policy, field, reason)
                 self._totals.outcomes[self._store.label(policy), Outcome.REJECTED] += 1
             case Goodbye():
                 self._front_ends.pop(identity, None)
@@ -128,13 +144,10 @@ class ControlPlane:
         if reason := self._refusal(hello):
             await self._send(identity, Refused(reason))
             return
-        known = self._front_ends.get(identity)
-        if known is None:
-            self._front_ends[identity] = _FrontEnd(hello.pid, 0, time.monotonic())
-        else:
-            known.heard_at = time.monotonic()
-        if known is None or known.acked < self._store.revision:
-            await self._push(identity)
+        known = self._front_ends.setdefault(identity, _FrontEnd(hello.pid))
+        known.heard_at = time.monotonic()
+        if known.acked < self._store.revision:
+            await self._push(identity, known)
 
     def _refusal(self, hello: Hello) -> str | None:
         if hello.version != PROTOCOL_VERSION:
@@ -143,9 +156,9 @@ class ControlPlane:
             return f"its catalog is {hello.catalog_digest}, the hub's {self._catalog_digest}"
         return None
 
-    async def _push(self, identity: bytes) -> None:
-        policies = tuple(stored.policy for stored in self._store.all())
-        await self._send(identity, Policies(self._store.revision, policies))
+    async def _push(self, identity: bytes, front_end: _FrontEnd) -> None:
+        revision = front_end.pushed = self._store.revision
+        await self._send(identity, Policies(revision, self._store.in_force()))
 
     async def _send(self, identity: bytes, message: FromHub) -> None:
         with contextlib.suppress(zmq.ZMQError):

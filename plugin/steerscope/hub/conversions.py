@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from steerscope import __version__
 from steerscope.api.v1 import catalog_pb2, steering_pb2, telemetry_pb2
 from steerscope.catalog.model import (
@@ -22,7 +24,7 @@ from steerscope.catalog.model import (
 )
 from steerscope.catalog.store import Catalog
 from steerscope.errors import SpecError
-from steerscope.hub.policies import Origin, StoredPolicy
+from steerscope.hub.policies import Origin, State, StoredPolicy
 from steerscope.steering.interventions import Intervention, Op, Phase, When
 from steerscope.telemetry.reductions import ON_FIRST_GENERATED
 from steerscope.telemetry.tracks import RequestTrack, Unobserved
@@ -55,6 +57,11 @@ _ORIGINS = {
     Origin.CATALOG: steering_pb2.POLICY_ORIGIN_CATALOG,
     Origin.CONFIG: steering_pb2.POLICY_ORIGIN_CONFIG,
     Origin.CREATED: steering_pb2.POLICY_ORIGIN_CREATED,
+}
+_STATES = {
+    State.ACTIVE: steering_pb2.POLICY_STATE_ACTIVE,
+    State.INVALID: steering_pb2.POLICY_STATE_INVALID,
+    None: steering_pb2.POLICY_STATE_UNSPECIFIED,
 }
 _REASONS = {
     Unobserved.PREFIX_CACHE: telemetry_pb2.UNOBSERVED_REASON_PREFIX_CACHE,
@@ -149,8 +156,7 @@ def interventions(messages: Iterable[steering_pb2.Intervention]) -> tuple[Interv
     converted = []
     for i, message in enumerate(messages):
         if message.phase not in _PHASES:
-            field = f"policy.interventions[{i}].phase"
-            raise SpecError(field, f"{message.phase} is not a phase")
+            raise SpecError(f"interventions[{i}].phase", f"{message.phase} is not a phase")
         converted.append(_intervention(message))
     return tuple(converted)
 
@@ -185,18 +191,32 @@ def intervention_message(edit: Intervention) -> steering_pb2.Intervention:
     return message
 
 
-def policy_message(stored: StoredPolicy) -> steering_pb2.Policy:
-    """A policy as the API shows it."""
+def policy_message(stored: StoredPolicy, *, with_revision: bool = False) -> steering_pb2.Policy:
+    """A policy as the API shows it; its name says the revision where one was asked for."""
     policy = stored.policy
     return steering_pb2.Policy(
-        name=POLICIES + policy.name,
+        name=POLICIES + policy.name + (f"@{stored.revision_id}" if with_revision else ""),
         description=policy.description,
         interventions=[intervention_message(edit) for edit in policy.interventions],
         origin=_ORIGINS[stored.origin],
         etag=stored.etag,
         revision=policy.revision,
         max_dose=policy.max_dose,
+        expire_time=_timestamp(stored.expire_time),
+        create_time=_timestamp(stored.create_time),
+        update_time=_timestamp(stored.update_time),
+        revision_id=stored.revision_id,
+        annotations=stored.annotations,
+        state=_STATES[stored.state],
+        state_reason=stored.reason,
     )
+
+
+def _timestamp(microseconds: int | None) -> Timestamp | None:
+    if microseconds is None:
+        return None
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return Timestamp(seconds=seconds, nanos=rest * 1000)
 
 
 def report_message(
@@ -245,7 +265,7 @@ def _completion(track: RequestTrack, asked_digest: str, features: bool) -> telem
             telemetry_pb2.UnobservedTokens(reason=_REASONS[reason], num_tokens=count)
             for reason, count in track.unobserved().items()
         ],
-        complete=track.is_complete and track.start.digest == asked_digest,
+        complete=track.is_complete and track.digest == asked_digest,
         num_cached_tokens=track.num_cached,
         signals=[
             telemetry_pb2.SignalScore(signal=s.signal, score=s.score, label=s.label)

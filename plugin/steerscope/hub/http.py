@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from google.protobuf.json_format import MessageToDict
+from google.rpc import code_pb2
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
@@ -12,9 +15,21 @@ from starlette.routing import Route
 
 from steerscope.catalog.model import ModelMatch
 from steerscope.catalog.store import Catalog
+from steerscope.hub.auth.denials import (
+    AccessError,
+    DeniedError,
+    ExhaustedError,
+    UnauthenticatedError,
+)
+from steerscope.hub.auth.directory import Shown
+from steerscope.hub.auth.gate import Gate, Guard
+from steerscope.hub.auth.statuses import CODES
 from steerscope.hub.conversions import report_message
+from steerscope.security import Scope
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
+
+_HTTP_STATUS = {UnauthenticatedError: 401, DeniedError: 403, ExhaustedError: 429}
 
 
 def application(
@@ -23,17 +38,23 @@ def application(
     asked: AskedLog,
     registry: CollectorRegistry,
     model_match: ModelMatch,
+    guard: Guard,
+    *,
+    metrics_open: bool,
 ) -> Starlette:
     """The ASGI application; it runs on the hub's loop and owns nothing."""
 
     async def metrics(request: Request) -> Response:
+        if not metrics_open:
+            _admit(guard.gate, request, "/metrics")
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "problems": guard.problems})
 
     async def report(request: Request) -> Response:
+        _admit(guard.gate, request, "/v1/steerscope/requests")
         external_id = request.path_params["request_id"]
         tracks = ledger.report(external_id)
         if not tracks:
@@ -51,5 +72,27 @@ def application(
             Route("/metrics", metrics),
             Route("/health", health),
             Route("/v1/steerscope/requests/{request_id}", report),
-        ]
+        ],
+        exception_handlers={AccessError: _refuse},
     )
+
+
+def _admit(gate: Gate, request: Request, target: str) -> None:
+    """Let in who may observe; over HTTP a caller is known by bearer token only."""
+    headers = request.headers.getlist("authorization")
+    if len(headers) > 1:
+        raise UnauthenticatedError("MALFORMED_CREDENTIALS", "more than one authorization is given")
+    peer = request.client.host if request.client else ""
+    gate.admit(Shown(peer, headers[0] if headers else None), Scope.OBSERVE, target)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AccessError)
+    headers = {}
+    if isinstance(error, UnauthenticatedError):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, ExhaustedError) and error.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    code = code_pb2.Code.Name(CODES[type(error)])
+    body = {"error": {"code": code, "reason": error.reason, "message": str(error)}}
+    return JSONResponse(body, _HTTP_STATUS[type(error)], headers)

@@ -28,7 +28,7 @@ MAX_IPC_PATH = 107
 """Longest path of a Unix socket on Linux."""
 
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
-"""All that the hub takes over of our environment."""
+"""All that the hub takes over of our environment, beside ``state.redis.password_env``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def start_hub(settings: Settings, timeout: float = READY_TIMEOUT_SECONDS) -> Run
     It ends when ``stop`` is called, when this process exits, or soon after it is killed.
     """
     endpoint = _private_folder()
-    process = _spawn(endpoint)
+    process = _spawn(endpoint, settings)
     try:
         ready = _greet(process, settings, timeout)
     except BaseException:
@@ -76,8 +76,11 @@ def _private_folder() -> str:
     raise HubError("there is no folder for temporary files whose path is short enough")
 
 
-def _spawn(endpoint: str) -> subprocess.Popen[bytes]:
-    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+def _spawn(endpoint: str, settings: Settings) -> subprocess.Popen[bytes]:
+    redis = settings.state.redis
+    secret = () if redis is None or redis.password_env is None else (redis.password_env,)
+    names = (*INHERITED, *secret)
+    environment = {name: os.environ[name] for name in names if name in os.environ}
     here = str(Path(steerscope.__file__).parent.parent)
     paths = [here, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)

@@ -1,36 +1,89 @@
-"""The policies in force: those of the catalog and the config, and those created over gRPC.
-
-Kept in memory by the hub's one loop; every change makes a new revision.
-"""
+"""What a policy is to the hub: its origin, whether it is in force, what its features are."""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from steerscope.catalog.store import Catalog
 from steerscope.errors import SteerscopeError
-from steerscope.steering.admission import INLINE, RESERVED_NAMES, UNKNOWN
-from steerscope.steering.interventions import Policy, canonical_json, digest
+from steerscope.hub.storage.documents import Answered, Revision
+from steerscope.steering.interventions import Policy, SteeringSpec, canonical_json, digest
 
 
-class Origin(enum.Enum):
-    """Where a policy was declared; only created ones can be deleted."""
+class Origin(enum.StrEnum):
+    """Where a policy was declared; only created ones can be changed."""
 
     CATALOG = "catalog"
     CONFIG = "config"
     CREATED = "created"
 
 
+class State(enum.StrEnum):
+    """Whether requests may name a policy."""
+
+    ACTIVE = "active"
+    INVALID = "invalid"
+    """Kept, but it does not fit the catalog or the operator's limits."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredPolicy:
-    """A policy with its origin and an etag that changes whenever it does."""
+    """A policy with its origin and an etag that changes whenever it does.
+
+    Times are microseconds since 1970. ``state`` is None for a revision that is not the latest.
+    """
 
     policy: Policy
     origin: Origin
-    etag: str
+    etag: str = ""
+    revision_id: str = ""
+    create_time: int | None = None
+    update_time: int | None = None
+    expire_time: int | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    state: State | None = State.ACTIVE
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a policy is to be; checked against the catalog and the operator's limits."""
+
+    policy: Policy
+    expire_time: int | None = None
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+    def is_met_by(self, stored: StoredPolicy) -> bool:
+        """Whether there is nothing to change."""
+        asked = msgspec.structs.replace(self.policy, revision=stored.policy.revision)
+        there = (stored.policy, stored.expire_time, dict(stored.annotations))
+        return there == (asked, self.expire_time, dict(self.annotations))
+
+
+class Repeatable(NamedTuple):
+    """A call that may be made again: its id, and a digest of all that it asks."""
+
+    request_id: str
+    fingerprint: str
+
+    def answered(self, revision: Revision) -> Answered:
+        """What to remember of it."""
+        return Answered(
+            request_id=self.request_id,
+            fingerprint=self.fingerprint,
+            at=revision.update_time,
+            revision=revision,
+        )
+
+
+class PolicyNotFoundError(SteerscopeError):
+    """There is no policy of that name."""
 
 
 class PolicyConflictError(SteerscopeError):
@@ -49,68 +102,73 @@ class PolicyLimitError(SteerscopeError):
     """There are as many policies as are allowed; each is a metric label."""
 
 
-class PolicyStore:
-    """Policies by name. Callers validate; the store keeps at most ``max_policies``."""
-
-    def __init__(
-        self, catalog: Catalog, declared: tuple[Policy, ...], max_policies: int = 1000
-    ) -> None:
-        self.revision = 1
-        self._max_policies = max_policies
-        self._stored = {
-            policy.name: _stored(policy, origin)
-            for origin, policies in (
-                (Origin.CATALOG, catalog.policies),
-                (Origin.CONFIG, declared),
-            )
-            for policy in policies
-        }
-
-    def get(self, name: str) -> StoredPolicy | None:
-        """The policy of that name."""
-        return self._stored.get(name)
-
-    def all(self) -> tuple[StoredPolicy, ...]:
-        """Every policy, in order of name."""
-        return tuple(self._stored[name] for name in sorted(self._stored))
-
-    def label(self, name: str) -> str:
-        """``name`` if it may be a metric label, else ``unknown``."""
-        return name if name in self._stored or name == INLINE else UNKNOWN
-
-    def check_free(self, name: str) -> None:
-        """Raise if the name cannot be given to a new policy, or there are too many."""
-        if name in RESERVED_NAMES:
-            raise PolicyConflictError(f"the name {name!r} is reserved")
-        if name in self._stored:
-            raise PolicyConflictError(f"policy {name!r} exists already")
-        if len(self._stored) >= self._max_policies:
-            raise PolicyLimitError(f"there are {self._max_policies} policies, no more are allowed")
-
-    def create(self, policy: Policy) -> StoredPolicy:
-        """Keep a new policy."""
-        self.check_free(policy.name)
-        self.revision += 1
-        stored = _stored(msgspec.structs.replace(policy, revision=self.revision), Origin.CREATED)
-        self._stored[policy.name] = stored
-        return stored
-
-    def delete(self, name: str, etag: str) -> None:
-        """Drop a created policy; ``etag`` empty means whatever it is now. It must exist."""
-        stored = self._stored[name]
-        if stored.origin is not Origin.CREATED:
-            raise PolicyReadOnlyError(f"policy {name!r} comes from the {stored.origin.value}")
-        if etag and etag != stored.etag:
-            raise PolicyChangedError(f"policy {name!r} has etag {stored.etag!r}")
-        self.revision += 1
-        del self._stored[name]
+class RequestReusedError(SteerscopeError):
+    """The request id was used for something else."""
 
 
-def _stored(policy: Policy, origin: Origin) -> StoredPolicy:
-    content = digest(
+def now() -> int:
+    """Microseconds since 1970, UTC."""
+    return time.time_ns() // 1000
+
+
+def feature_names(spec: SteeringSpec) -> frozenset[str]:
+    """The features that are edited, or looked at by a gate."""
+    edits = spec.interventions
+    gates = {edit.when.feature for edit in edits if edit.when is not None}
+    return frozenset(gates.union(edit.feature for edit in edits))
+
+
+def feature_digest(catalog: Catalog, name: str) -> str:
+    """Names what a feature is, whatever it is called: a policy that edits it means just that.
+
+    A topk feature depends on its whole dictionary, and so takes the catalog's digest in.
+    """
+    feature, vectors = catalog.feature(name), catalog.vectors[name]
+    numbers = (feature.layer, vectors.b_enc, vectors.threshold, feature.latent)
+    return digest(
+        f"{feature.kind} {feature.site} {feature.activation}".encode(),
+        repr(numbers).encode(),
+        vectors.W_enc.tobytes(),
+        b"" if vectors.W_dec is None else vectors.W_dec.tobytes(),
+        b"" if feature.dictionary is None else catalog.digest.encode(),
+    )
+
+
+def has_expired(expire_time: int | None) -> bool:
+    """Whether that moment has come, by our clock."""
+    return expire_time is not None and expire_time <= now()
+
+
+def preview(draft: Draft) -> StoredPolicy:
+    """The policy that the draft would become."""
+    return StoredPolicy(
+        draft.policy,
+        Origin.CREATED,
+        expire_time=draft.expire_time,
+        annotations=draft.annotations,
+    )
+
+
+def kept_policy(revision: Revision) -> StoredPolicy:
+    """A created policy, as it was stored."""
+    etag = digest(msgspec.json.encode(revision))[:16]
+    return StoredPolicy(
+        revision.policy,
+        Origin.CREATED,
+        etag,
+        revision_id=etag[:8],
+        create_time=revision.create_time,
+        update_time=revision.update_time,
+        expire_time=revision.expire_time,
+        annotations=revision.annotations,
+    )
+
+
+def declared_policy(policy: Policy, origin: Origin) -> StoredPolicy:
+    """A policy of the catalog or the config."""
+    etag = digest(
         policy.description.encode(),
         canonical_json(policy.interventions),
         repr(policy.max_dose).encode(),
-        str(policy.revision).encode(),
-    )
-    return StoredPolicy(policy, origin, content[:16])
+    )[:16]
+    return StoredPolicy(policy, origin, etag, revision_id=etag[:8])

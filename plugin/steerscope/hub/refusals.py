@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf import any_pb2
@@ -11,18 +11,26 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from steerscope.errors import SpecError, SteerscopeError
+from steerscope.hub.audit.entries import AuditError
+from steerscope.hub.auth.denials import AccessError
+from steerscope.hub.auth.statuses import DOMAIN, access_status
 from steerscope.hub.policies import (
     PolicyChangedError,
     PolicyConflictError,
     PolicyLimitError,
+    PolicyNotFoundError,
     PolicyReadOnlyError,
+    RequestReusedError,
 )
-
-DOMAIN = "steerscope"
+from steerscope.hub.storage.documents import StateError
 
 
 class NotFoundError(SteerscopeError):
     """The resource named in a request does not exist."""
+
+
+class SteeringDeclinedError(SteerscopeError):
+    """An engine cannot steer the request as asked."""
 
 
 class _Kind(NamedTuple):
@@ -33,13 +41,19 @@ class _Kind(NamedTuple):
 _KINDS: dict[type[SteerscopeError], _Kind] = {
     SpecError: _Kind(code_pb2.INVALID_ARGUMENT, "INVALID_FIELD"),
     NotFoundError: _Kind(code_pb2.NOT_FOUND, "NOT_FOUND"),
+    PolicyNotFoundError: _Kind(code_pb2.NOT_FOUND, "NOT_FOUND"),
     PolicyConflictError: _Kind(code_pb2.ALREADY_EXISTS, "POLICY_EXISTS"),
     PolicyReadOnlyError: _Kind(code_pb2.FAILED_PRECONDITION, "POLICY_READ_ONLY"),
     PolicyLimitError: _Kind(code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_POLICIES"),
     PolicyChangedError: _Kind(code_pb2.ABORTED, "ETAG_MISMATCH"),
+    RequestReusedError: _Kind(code_pb2.ALREADY_EXISTS, "REQUEST_ID_REUSED"),
+    SteeringDeclinedError: _Kind(code_pb2.FAILED_PRECONDITION, "STEERING_DECLINED"),
+    AuditError: _Kind(code_pb2.UNAVAILABLE, "AUDIT_UNAVAILABLE"),
+    StateError: _Kind(code_pb2.UNAVAILABLE, "STATE_UNAVAILABLE"),
 }
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
 
 def refusing(
@@ -60,6 +74,8 @@ def refusing(
 
 def status(error: SteerscopeError) -> status_pb2.Status:
     """The error's status, with its details."""
+    if isinstance(error, AccessError):
+        return access_status(error)
     kind = next(kind for known, kind in _KINDS.items() if isinstance(error, known))
     details = [_packed(error_details_pb2.ErrorInfo(reason=kind.reason, domain=DOMAIN))]
     if isinstance(error, SpecError):
@@ -72,18 +88,33 @@ def status(error: SteerscopeError) -> status_pb2.Status:
 
 def page(names: list[str], page_size: int, page_token: str) -> tuple[list[str], str]:
     """The page of sorted ``names`` after ``page_token``, and the token of the next one."""
-    if page_size < 0:
-        raise SpecError("page_size", f"must not be negative, got {page_size}")
-    size = min(page_size or 50, 1000)
+    size = _page_size(page_size)
     later = [name for name in sorted(names) if name > page_token]
     return later[:size], later[size - 1] if len(later) > size else ""
 
 
-def plain_name(name: str, collection: str) -> str:
+def page_after(
+    items: Sequence[Item], key: Callable[[Item], str], page_size: int, page_token: str
+) -> tuple[Sequence[Item], str]:
+    """The page of ``items``, in their order, after the one whose key is ``page_token``."""
+    size, keys = _page_size(page_size), [key(item) for item in items]
+    if page_token and page_token not in keys:
+        raise SpecError("page_token", "what it stood for is gone; begin with the first page")
+    later = items[keys.index(page_token) + 1 if page_token else 0 :]
+    return later[:size], key(later[size - 1]) if len(later) > size else ""
+
+
+def plain_name(name: str, collection: str, field: str = "name") -> str:
     """``force-known`` of ``policies/force-known``; raises ``SpecError`` on anything else."""
     if not name.startswith(collection) or name == collection:
-        raise SpecError("name", f"must be {collection}{{id}}, got {name[:80]!r}")
+        raise SpecError(field, f"must be {collection}{{id}}, got {name[:80]!r}")
     return name.removeprefix(collection)
+
+
+def _page_size(asked: int) -> int:
+    if asked < 0:
+        raise SpecError("page_size", f"must not be negative, got {asked}")
+    return min(asked or 50, 1000)
 
 
 def _packed(detail: Any) -> any_pb2.Any:

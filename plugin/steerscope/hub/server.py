@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -33,11 +32,20 @@ from steerscope.errors import HubError
 from steerscope.export import instruments
 from steerscope.export.prometheus import HubCollector
 from steerscope.hub.announcements import Announcements
+from steerscope.hub.auditing import Audited, Auditor, open_log
+from steerscope.hub.auth.files import refresh_often
+from steerscope.hub.auth.gate import guard
+from steerscope.hub.auth.interceptor import AccessInterceptor
+from steerscope.hub.auth.tls import Certificates
 from steerscope.hub.control import ControlPlane
+from steerscope.hub.engines import EnginePlane
 from steerscope.hub.fanin import FanIn
 from steerscope.hub.http import application
-from steerscope.hub.policies import PolicyStore
+from steerscope.hub.live import LiveSteering
+from steerscope.hub.policy_store import PolicyStore
 from steerscope.hub.services import CatalogService, SteeringService, TelemetryService
+from steerscope.hub.storage import storage_for
+from steerscope.security import is_loopback
 from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
 from steerscope.telemetry.asked import AskedLog
@@ -46,6 +54,10 @@ from steerscope.telemetry.requests import Limits
 from steerscope.telemetry.totals import HubTotals
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+MAX_STREAMS_PER_CONNECTION = 1024
+HANDSHAKE_TIMEOUT_MILLISECONDS = 10_000
+MAX_CONNECTION_AGE_MILLISECONDS = 3600 * 1000
+"""Then gRPC asks the client to connect anew, and so to show its certificate anew."""
 DRAIN_SECONDS = 2.0
 PARENT_POLL_SECONDS = 0.5
 
@@ -57,6 +69,11 @@ SERVICES = tuple(
         (telemetry_pb2, "TelemetryService"),
     )
 )
+
+SECURITY_SERVICE = "steerscope.security"
+"""To the health service: whether certificate and identities in force are the newest."""
+STATE_SERVICE = "steerscope.state"
+"""To the health service: whether policies can be changed, and those of a fleet are current."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,11 +90,22 @@ class Hub:
 
     def __init__(self, settings: Settings, endpoint: str) -> None:
         self._settings = settings
+        self._guard = guard(settings.security, settings.addresses)
         self._catalog = catalogs.load(Path(settings.catalog), settings.catalog_digest)
         check_declared(self._catalog, settings.steering, settings.policies)
-        self._store = PolicyStore(self._catalog, settings.policies, settings.hub.max_policies)
+        self._store = PolicyStore(
+            self._catalog,
+            settings.policies,
+            settings.steering,
+            storage_for(settings.state),
+            settings.hub.max_policies,
+        )
         totals = HubTotals()
         self._announcements = Announcements()
+        self._asked = AskedLog(settings.hub.max_reports)
+        self._auditor = Auditor(open_log(settings.audit), self._catalog, self._asked)
+        self._auditor.config_loaded(settings)
+        self._guard.gate.denied = self._auditor.denied
         limits = Limits(
             max_tracks=settings.hub.max_reports,
             ttl_seconds=settings.hub.report_ttl_seconds,
@@ -88,7 +116,7 @@ class Hub:
             limits,
             instruments.bounds_for(self._catalog.signals),
             totals,
-            self._announcements,
+            Audited(self._announcements, self._auditor),
             self._store.label,
         )
         self._registry = CollectorRegistry()
@@ -101,9 +129,18 @@ class Hub:
                 settings.model_match,
             )
         )
-        self._asked = AskedLog(settings.hub.max_reports)
         self._control = ControlPlane(
-            endpoint, self._catalog.digest, self._store, totals, self._asked
+            endpoint, self._catalog.digest, self._store, totals, self._asked, self._auditor
+        )
+        self._engines = EnginePlane(endpoint, self._catalog.digest)
+        self._live = LiveSteering(
+            self._catalog,
+            settings.steering,
+            self._store,
+            self._engines,
+            self._observer.ledger,
+            self._asked,
+            self._auditor,
         )
         self._fan_in = FanIn(endpoint, self._observer)
 
@@ -115,6 +152,7 @@ class Hub:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[Ports]:
         """Serve for as long as the block lasts; raise ``HubError`` naming a port in use."""
+        await self._store.state.open()
         listener = _listen("hub.http_address", self._settings.hub.http_address)
         server, grpc_port = await self._grpc_server()
         app = application(
@@ -123,10 +161,20 @@ class Hub:
             self._asked,
             self._registry,
             self._settings.model_match,
+            self._guard,
+            metrics_open=self._metrics_are_open(),
         )
-        loops = (self._control.run(), self._fan_in.run(), self._fan_in.expire())
+        loops = (
+            self._control.run(),
+            self._control.keep_current(),
+            self._engines.run(),
+            self._store.state.follow(self._tell_state),
+            self._fan_in.run(),
+            self._fan_in.expire(),
+            self._watch_security(),
+            _serve_http(app, listener, self._guard.certificates),
+        )
         tasks = [asyncio.create_task(loop) for loop in loops]
-        tasks.append(asyncio.create_task(_serve_http(app, listener)))
         for task in tasks:
             task.add_done_callback(_tell_if_lost)
         try:
@@ -135,23 +183,55 @@ class Hub:
             await self._health.enter_graceful_shutdown()
             await server.stop(DRAIN_SECONDS)
             await _cancel(tasks)
+            await self._store.state.close()
             self._control.close()
+            self._engines.close()
+            self._auditor.log.close()
             self._fan_in.close()
+
+    async def _tell_state(self, is_there: bool) -> None:
+        await self._set_health(STATE_SERVICE, is_there)
 
     def _policy_labels(self) -> list[str]:
         return [*(stored.policy.name for stored in self._store.all()), *sorted(RESERVED_NAMES)]
+
+    async def _watch_security(self) -> None:
+        async def tell(is_newest: bool) -> None:
+            await self._set_health(SECURITY_SERVICE, is_newest)
+
+        await self._set_health(SECURITY_SERVICE, True)
+        await refresh_often(self._guard.watched, self._settings.security.reload_seconds, tell)
+
+    async def _set_health(self, service: str, is_serving: bool) -> None:
+        serving = health_pb2.HealthCheckResponse
+        await self._health.set(service, serving.SERVING if is_serving else serving.NOT_SERVING)
+
+    def _metrics_are_open(self) -> bool:
+        address = self._settings.hub.http_address
+        return self._settings.security.metrics_open or is_loopback(address)
 
     async def _grpc_server(self) -> tuple[grpc.aio.Server, int]:
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MILLISECONDS),
+            ("grpc.max_connection_age_ms", MAX_CONNECTION_AGE_MILLISECONDS),
         ]
-        server = grpc.aio.server(options=options)
+        interceptor = AccessInterceptor(self._guard.gate)
+        server = grpc.aio.server(interceptors=[interceptor], options=options)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(
             CatalogService(self._catalog, self._settings.model_match), server
         )
         steering_pb2_grpc.add_SteeringServiceServicer_to_server(
-            SteeringService(self._catalog, self._settings.steering, self._store, self._control),
+            SteeringService(
+                self._catalog,
+                self._settings.steering,
+                self._store,
+                self._control,
+                self._live,
+                self._auditor,
+            ),
             server,
         )
         telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(
@@ -167,7 +247,7 @@ class Hub:
         self._health = await _health(server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        port = _bind_grpc(server, self._settings.hub.grpc_address)
+        port = _bind_grpc(server, self._settings.hub.grpc_address, self._guard.certificates)
         await server.start()
         return server, port
 
@@ -179,13 +259,17 @@ async def run_until_orphaned(parent_pid: int, stopping: asyncio.Event) -> None:
             await asyncio.wait_for(stopping.wait(), PARENT_POLL_SECONDS)
 
 
-def _bind_grpc(server: grpc.aio.Server, address: str) -> int:
+def _bind_grpc(server: grpc.aio.Server, address: str, certificates: Certificates | None) -> int:
     """Bind the server; a plain socket goes first, since gRPC does not say what is wrong."""
     probe = _listen("hub.grpc_address", address)
     port: int = probe.getsockname()[1]
     probe.close()
+    target = f"{address.rpartition(':')[0]}:{port}"
     try:
-        server.add_insecure_port(f"{address.rpartition(':')[0]}:{port}")
+        if certificates is None:
+            server.add_insecure_port(target)
+        else:
+            server.add_secure_port(target, certificates.grpc_credentials())
     except RuntimeError as error:
         raise HubError(f"hub.grpc_address: {address}: {error}") from None
     return port
@@ -195,10 +279,6 @@ def _listen(field: str, address: str) -> socket.socket:
     """A listening socket; ``HubError`` says which setting is at fault."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    if not _is_loopback(host):
-        raise HubError(
-            f"{field}: {address}: only loopback is served: the control plane has no credentials yet"
-        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -212,15 +292,6 @@ def _listen(field: str, address: str) -> socket.socket:
     return listener
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 async def _health(server: grpc.aio.Server) -> Any:
     servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -229,8 +300,15 @@ async def _health(server: grpc.aio.Server) -> Any:
     return servicer
 
 
-async def _serve_http(app: Starlette, listener: socket.socket) -> None:
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+async def _serve_http(
+    app: Starlette, listener: socket.socket, certificates: Certificates | None
+) -> None:
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", proxy_headers=False
+    )
+    config.load()
+    if certificates is not None:
+        config.ssl = certificates.http_context()
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     await server.serve(sockets=[listener])

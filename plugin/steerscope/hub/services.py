@@ -6,9 +6,9 @@ malformed reaches the store or a front end.
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from steerscope.api.v1 import (
     catalog_pb2,
@@ -23,6 +23,13 @@ from steerscope.catalog.store import Catalog
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
 from steerscope.hub.announcements import Announcements
+from steerscope.hub.audit.log import AuditUnavailableError
+from steerscope.hub.auditing import Auditor
+from steerscope.hub.auth.identity import (
+    authorise_policy,
+    authorise_policy_name,
+    current_identity,
+)
 from steerscope.hub.control import ControlPlane
 from steerscope.hub.conversions import (
     FEATURES,
@@ -30,20 +37,22 @@ from steerscope.hub.conversions import (
     REQUESTS,
     catalog_message,
     feature_message,
-    interventions,
     policy_message,
     report_message,
 )
-from steerscope.hub.policies import Origin, PolicyStore, StoredPolicy
-from steerscope.hub.refusals import NotFoundError, page, plain_name, refusing
-from steerscope.steering.admission import check_asked
-from steerscope.steering.interventions import POLICY_NAME_PATTERN, Policy
+from steerscope.hub.drafts import Drafting, repeatable, update_fields
+from steerscope.hub.filters import feature_filter, policy_filter
+from steerscope.hub.live import LiveSteering
+from steerscope.hub.policies import Draft, StoredPolicy
+from steerscope.hub.policy_store import PolicyStore
+from steerscope.hub.refusals import NotFoundError, page, page_after, plain_name, refusing
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
 from steerscope.telemetry.tracks import RequestTrack
 
 MAX_WAIT_SECONDS = 30.0
-MAX_DESCRIPTION_CHARACTERS = 4096
+
+Done = TypeVar("Done")
 
 
 class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
@@ -74,7 +83,9 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     async def ListFeatures(
         self, request: catalog_pb2.ListFeaturesRequest, context: Any
     ) -> catalog_pb2.ListFeaturesResponse:
-        names, token = page(list(self._catalog.addresses), request.page_size, request.page_token)
+        is_wanted = feature_filter(request.filter, self._catalog)
+        names = [f.name for f in self._catalog.document.features if is_wanted(f)]
+        names, token = page(names, request.page_size, request.page_token)
         found = [feature_message(self._catalog, self._catalog.feature(name)) for name in names]
         return catalog_pb2.ListFeaturesResponse(features=found, next_page_token=token)
 
@@ -88,9 +99,12 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         settings: SteeringSettings,
         store: PolicyStore,
         control: ControlPlane,
+        live: LiveSteering,
+        auditor: Auditor,
     ) -> None:
-        self._catalog = catalog
-        self._settings = settings
+        self._auditor = auditor
+        self._live = live
+        self._drafting = Drafting(catalog, settings)
         self._store = store
         self._control = control
 
@@ -98,67 +112,152 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
     async def CreatePolicy(
         self, request: steering_pb2.CreatePolicyRequest, context: Any
     ) -> steering_pb2.CreatePolicyResponse:
-        policy = self._policy(request)
-        self._store.check_free(policy.name)
-        if request.validate_only:
-            stored = StoredPolicy(policy, Origin.CREATED, "")
-        else:
-            stored = self._store.create(policy)
-            await self._control.publish()
+        if request.policy.name not in ("", POLICIES + request.policy_id):
+            raise SpecError("policy.name", f"must be {POLICIES}{request.policy_id} or empty")
+        draft = self._drafting.new(request.policy_id, "policy_id", request.policy)
+        caller = current_identity()
+        authorise_policy(caller, draft.policy)
+        call = repeatable(request, caller.name)
+        stored = await self._carried_out(
+            self._store.create(draft, call, validate_only=request.validate_only),
+            request.validate_only,
+            lambda stored: self._auditor.policy_stored(stored, None, caller.name),
+        )
         return steering_pb2.CreatePolicyResponse(policy=policy_message(stored))
 
     @refusing
     async def GetPolicy(
         self, request: steering_pb2.GetPolicyRequest, context: Any
     ) -> steering_pb2.GetPolicyResponse:
-        return steering_pb2.GetPolicyResponse(policy=policy_message(self._stored(request.name)))
+        name, at, revision_id = plain_name(request.name, POLICIES).partition("@")
+        revisions = self._revisions(name)
+        if at:
+            revisions = [r for r in revisions if r.revision_id == revision_id]
+        if not revisions:
+            raise NotFoundError(f"policy {name!r} has no revision {revision_id[:80]!r}")
+        found = policy_message(revisions[0], with_revision=bool(at))
+        return steering_pb2.GetPolicyResponse(policy=found)
 
     @refusing
     async def ListPolicies(
         self, request: steering_pb2.ListPoliciesRequest, context: Any
     ) -> steering_pb2.ListPoliciesResponse:
-        stored = {each.policy.name: each for each in self._store.all()}
+        is_wanted = policy_filter(request.filter)
+        stored = {each.policy.name: each for each in self._store.all() if is_wanted(each)}
         names, token = page(list(stored), request.page_size, request.page_token)
         return steering_pb2.ListPoliciesResponse(
             policies=[policy_message(stored[name]) for name in names], next_page_token=token
         )
 
     @refusing
+    async def ListPolicyRevisions(
+        self, request: steering_pb2.ListPolicyRevisionsRequest, context: Any
+    ) -> steering_pb2.ListPolicyRevisionsResponse:
+        revisions = self._revisions(plain_name(request.name, POLICIES))
+        found, token = page_after(
+            revisions, lambda r: r.revision_id, request.page_size, request.page_token
+        )
+        return steering_pb2.ListPolicyRevisionsResponse(
+            policies=[policy_message(each, with_revision=True) for each in found],
+            next_page_token=token,
+        )
+
+    @refusing
+    async def UpdatePolicy(
+        self, request: steering_pb2.UpdatePolicyRequest, context: Any
+    ) -> steering_pb2.UpdatePolicyResponse:
+        message, caller = request.policy, current_identity()
+        name = plain_name(message.name, POLICIES, "policy.name")
+        authorise_policy_name(caller, name)
+        fields = update_fields(request)
+        before = self._store.get(name)
+
+        def merge(current: StoredPolicy | None) -> Draft:
+            if current is None:
+                draft = self._drafting.new(name, "policy.name", message)
+            else:
+                draft = self._drafting.merged(current, message, fields)
+            authorise_policy(caller, draft.policy)
+            return draft
+
+        stored = await self._carried_out(
+            self._store.update(
+                name,
+                merge,
+                etag=message.etag,
+                allow_missing=request.allow_missing,
+                validate_only=request.validate_only,
+            ),
+            request.validate_only,
+            lambda stored: self._auditor.policy_stored(stored, before, caller.name),
+        )
+        return steering_pb2.UpdatePolicyResponse(policy=policy_message(stored))
+
+    @refusing
     async def DeletePolicy(
         self, request: steering_pb2.DeletePolicyRequest, context: Any
     ) -> steering_pb2.DeletePolicyResponse:
-        stored = self._stored(request.name)
-        self._store.delete(stored.policy.name, request.etag)
-        await self._control.publish()
+        name = plain_name(request.name, POLICIES)
+        caller = current_identity()
+        authorise_policy_name(caller, name)
+        before = self._store.get(name)
+        deletion = self._store.delete(
+            name,
+            etag=request.etag,
+            allow_missing=request.allow_missing,
+            validate_only=request.validate_only,
+        )
+
+        def tell(_: object) -> None:
+            if before is not None:
+                self._auditor.policy_deleted(before, caller.name)
+
+        await self._carried_out(deletion, request.validate_only, tell)
         return steering_pb2.DeletePolicyResponse()
 
-    def _stored(self, name: str) -> StoredPolicy:
-        plain = plain_name(name, POLICIES)
-        stored = self._store.get(plain)
-        if stored is None:
-            raise NotFoundError(f"no policy {plain[:80]!r}")
-        return stored
+    @refusing
+    async def SteerRequest(
+        self, request: steering_pb2.SteerRequestRequest, context: Any
+    ) -> steering_pb2.SteerRequestResponse:
+        return await self._live.steer(request, context)
 
-    def _policy(self, request: steering_pb2.CreatePolicyRequest) -> Policy:
-        if not re.fullmatch(POLICY_NAME_PATTERN, request.policy_id):
-            raise SpecError("policy_id", f"must match {POLICY_NAME_PATTERN}")
-        if request.policy.name not in ("", POLICIES + request.policy_id):
-            raise SpecError("policy.name", f"must be {POLICIES}{request.policy_id} or empty")
-        if len(request.policy.description) > MAX_DESCRIPTION_CHARACTERS:
-            raise SpecError(
-                "policy.description", f"longer than {MAX_DESCRIPTION_CHARACTERS} characters"
-            )
-        policy = Policy(
-            name=request.policy_id,
-            interventions=interventions(request.policy.interventions),
-            max_dose=request.policy.max_dose if request.policy.HasField("max_dose") else None,
-            description=request.policy.description,
-        )
+    @refusing
+    async def ReleaseRequest(
+        self, request: steering_pb2.ReleaseRequestRequest, context: Any
+    ) -> steering_pb2.ReleaseRequestResponse:
+        return await self._live.release(request, context)
+
+    def _revisions(self, name: str) -> list[StoredPolicy]:
+        """A policy's revisions, newest first; ``NotFoundError`` if there is no such policy."""
+        revisions = self._store.revisions(name)
+        if not revisions:
+            raise NotFoundError(f"no policy {name[:80]!r}")
+        return list(revisions)
+
+    async def _carried_out(
+        self,
+        change: Coroutine[Any, Any, Done],
+        validate_only: bool,
+        tell: Callable[[Done], object],
+    ) -> Done:
+        """Store, tell the audit log, publish, also if the caller hangs up.
+
+        Refused beforehand while the audit log cannot be written and must be.
+        """
         try:
-            check_asked(self._catalog, self._settings, policy.spec)
-        except SpecError as error:
-            raise error.under("policy") from None
-        return policy
+            self._auditor.check()
+        except AuditUnavailableError:
+            change.close()
+            raise
+
+        async def both() -> Done:
+            done = await change
+            if not validate_only:
+                tell(done)
+                await self._control.publish()
+            return done
+
+        return await asyncio.shield(both())
 
 
 class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):

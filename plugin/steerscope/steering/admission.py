@@ -111,9 +111,14 @@ class Admission:
             kind = type(flag).__name__
             raise SpecError("", f"must be a policy name or a JSON string, got {kind}")
         text = flag.strip()
-        asked = Asked(INLINE, parse_spec(text)) if text.startswith("{") else self._named(text)
+        asked = self._inline(text) if text.startswith("{") else self._named(text)
         check_asked(self._catalog, self._settings, asked.spec)
         return asked
+
+    def _inline(self, text: str) -> Asked:
+        if self._settings.allow_inline is False:
+            raise SpecError("", "inline steering is off (steering.allow_inline); name a policy")
+        return Asked(INLINE, parse_spec(text))
 
     def _named(self, name: str) -> Asked:
         policy = self._policies().get(name)

@@ -623,17 +623,25 @@ class ListFeaturesRequest(google.protobuf.message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """page_size is the most features to return. 0 means 50; above 1000 means 1000."""
     page_token: builtins.str
     """page_token is the next_page_token of the page before. Empty means the first page."""
+    filter: builtins.str
+    """filter keeps the features for which it holds (a part of AIP-160). Comparisons,
+    joined by AND: `site`, `kind` and `steerable` (true, false) with = or !=, and
+    `layer` with = != < <= > >=. E.g. `site = "resid_post" AND layer >= 4`. Empty means
+    all.
+    """
     def __init__(
         self,
         *,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
+        filter: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
 
 global___ListFeaturesRequest = ListFeaturesRequest
 

@@ -22,43 +22,72 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteerscope/v1/steering.proto\x12\rsteerscope.v1\"S\n\x04When\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x12\n\x05\x61\x62ove\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65low\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_aboveB\x08\n\x06_below\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"\x92\x02\n\x0cIntervention\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0f\n\x05\x63lamp\x18\x02 \x01(\x01H\x00\x12\x10\n\x06\x61\x62late\x18\x03 \x01(\x08H\x00\x12\x12\n\x08\x61t_least\x18\x04 \x01(\x01H\x00\x12\x11\n\x07\x61t_most\x18\x05 \x01(\x01H\x00\x12\x0f\n\x05scale\x18\x06 \x01(\x01H\x00\x12\r\n\x03\x61\x64\x64\x18\x07 \x01(\x01H\x00\x12#\n\x05phase\x18\x08 \x01(\x0e\x32\x14.steerscope.v1.Phase\x12\x16\n\x0eonly_if_active\x18\t \x01(\x08\x12!\n\x04when\x18\n \x01(\x0b\x32\x13.steerscope.v1.When\x12!\n\x04span\x18\x0b \x01(\x0b\x32\x13.steerscope.v1.SpanB\x04\n\x02op\"\xd0\x01\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.steerscope.v1.Intervention\x12+\n\x06origin\x18\x04 \x01(\x0e\x32\x1b.steerscope.v1.PolicyOrigin\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x15\n\x08max_dose\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_max_dose\"f\n\x13\x43reatePolicyRequest\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"=\n\x14\x43reatePolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11GetPolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListPoliciesResponse\x12\'\n\x08policies\x18\x01 \x03(\x0b\x32\x15.steerscope.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x16\n\x14\x44\x65letePolicyResponse*U\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_PROMPT\x10\x01\x12\x14\n\x10PHASE_GENERATION\x10\x02\x12\r\n\tPHASE_ALL\x10\x03*}\n\x0cPolicyOrigin\x12\x1d\n\x19POLICY_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15POLICY_ORIGIN_CATALOG\x10\x01\x12\x18\n\x14POLICY_ORIGIN_CONFIG\x10\x02\x12\x19\n\x15POLICY_ORIGIN_CREATED\x10\x03\x32\xec\x02\n\x0fSteeringService\x12W\n\x0c\x43reatePolicy\x12\".steerscope.v1.CreatePolicyRequest\x1a#.steerscope.v1.CreatePolicyResponse\x12N\n\tGetPolicy\x12\x1f.steerscope.v1.GetPolicyRequest\x1a .steerscope.v1.GetPolicyResponse\x12W\n\x0cListPolicies\x12\".steerscope.v1.ListPoliciesRequest\x1a#.steerscope.v1.ListPoliciesResponse\x12W\n\x0c\x44\x65letePolicy\x12\".steerscope.v1.DeletePolicyRequest\x1a#.steerscope.v1.DeletePolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteerscope/v1/steering.proto\x12\rsteerscope.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"S\n\x04When\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x12\n\x05\x61\x62ove\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65low\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_aboveB\x08\n\x06_below\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x05\"\x92\x02\n\x0cIntervention\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x0f\n\x05\x63lamp\x18\x02 \x01(\x01H\x00\x12\x10\n\x06\x61\x62late\x18\x03 \x01(\x08H\x00\x12\x12\n\x08\x61t_least\x18\x04 \x01(\x01H\x00\x12\x11\n\x07\x61t_most\x18\x05 \x01(\x01H\x00\x12\x0f\n\x05scale\x18\x06 \x01(\x01H\x00\x12\r\n\x03\x61\x64\x64\x18\x07 \x01(\x01H\x00\x12#\n\x05phase\x18\x08 \x01(\x0e\x32\x14.steerscope.v1.Phase\x12\x16\n\x0eonly_if_active\x18\t \x01(\x08\x12!\n\x04when\x18\n \x01(\x0b\x32\x13.steerscope.v1.When\x12!\n\x04span\x18\x0b \x01(\x0b\x32\x13.steerscope.v1.SpanB\x04\n\x02op\"\xe4\x04\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.steerscope.v1.Intervention\x12+\n\x06origin\x18\x04 \x01(\x0e\x32\x1b.steerscope.v1.PolicyOrigin\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x15\n\x08max_dose\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x31\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12(\n\x03ttl\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0brevision_id\x18\x0c \x01(\t\x12;\n\x0b\x61nnotations\x18\r \x03(\x0b\x32&.steerscope.v1.Policy.AnnotationsEntry\x12)\n\x05state\x18\x0e \x01(\x0e\x32\x1a.steerscope.v1.PolicyState\x12\x14\n\x0cstate_reason\x18\x0f \x01(\t\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0c\n\nexpirationB\x0b\n\t_max_dose\"z\n\x13\x43reatePolicyRequest\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\x12\x11\n\tpolicy_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"=\n\x14\x43reatePolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\" \n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x11GetPolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\"L\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"X\n\x14ListPoliciesResponse\x12\'\n\x08policies\x18\x01 \x03(\x0b\x32\x15.steerscope.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9b\x01\n\x13UpdatePolicyRequest\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"=\n\x14UpdatePolicyResponse\x12%\n\x06policy\x18\x01 \x01(\x0b\x32\x15.steerscope.v1.Policy\"_\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\x16\n\x14\x44\x65letePolicyResponse\"Q\n\x1aListPolicyRevisionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"_\n\x1bListPolicyRevisionsResponse\x12\'\n\x08policies\x18\x01 \x03(\x0b\x32\x15.steerscope.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"=\n\x0fSteeredSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\x05\"\xca\x01\n\x13SteerRequestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.steerscope.v1.Intervention\x12\x15\n\x08max_dose\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\x42\x0b\n\t_max_dose\"\xbd\x01\n\x14SteerRequestResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.steerscope.v1.SteerState\x12\x31\n\tsequences\x18\x02 \x03(\x0b\x32\x1e.steerscope.v1.SteeredSequence\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fsteering_digest\x18\x04 \x01(\t\"%\n\x15ReleaseRequestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x16ReleaseRequestResponse\x12\x31\n\tsequences\x18\x01 \x03(\x0b\x32\x1e.steerscope.v1.SteeredSequence*U\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_PROMPT\x10\x01\x12\x14\n\x10PHASE_GENERATION\x10\x02\x12\r\n\tPHASE_ALL\x10\x03*}\n\x0cPolicyOrigin\x12\x1d\n\x19POLICY_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15POLICY_ORIGIN_CATALOG\x10\x01\x12\x18\n\x14POLICY_ORIGIN_CONFIG\x10\x02\x12\x19\n\x15POLICY_ORIGIN_CREATED\x10\x03*^\n\x0bPolicyState\x12\x1c\n\x18POLICY_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13POLICY_STATE_ACTIVE\x10\x01\x12\x18\n\x14POLICY_STATE_INVALID\x10\x02*[\n\nSteerState\x12\x1b\n\x17STEER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STEER_STATE_APPLIED\x10\x01\x12\x17\n\x13STEER_STATE_WAITING\x10\x02\x32\xeb\x05\n\x0fSteeringService\x12W\n\x0c\x43reatePolicy\x12\".steerscope.v1.CreatePolicyRequest\x1a#.steerscope.v1.CreatePolicyResponse\x12N\n\tGetPolicy\x12\x1f.steerscope.v1.GetPolicyRequest\x1a .steerscope.v1.GetPolicyResponse\x12W\n\x0cListPolicies\x12\".steerscope.v1.ListPoliciesRequest\x1a#.steerscope.v1.ListPoliciesResponse\x12W\n\x0cUpdatePolicy\x12\".steerscope.v1.UpdatePolicyRequest\x1a#.steerscope.v1.UpdatePolicyResponse\x12W\n\x0c\x44\x65letePolicy\x12\".steerscope.v1.DeletePolicyRequest\x1a#.steerscope.v1.DeletePolicyResponse\x12l\n\x13ListPolicyRevisions\x12).steerscope.v1.ListPolicyRevisionsRequest\x1a*.steerscope.v1.ListPolicyRevisionsResponse\x12W\n\x0cSteerRequest\x12\".steerscope.v1.SteerRequestRequest\x1a#.steerscope.v1.SteerRequestResponse\x12]\n\x0eReleaseRequest\x12$.steerscope.v1.ReleaseRequestRequest\x1a%.steerscope.v1.ReleaseRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steerscope.api.v1.steering_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=1144
-  _globals['_PHASE']._serialized_end=1229
-  _globals['_POLICYORIGIN']._serialized_start=1231
-  _globals['_POLICYORIGIN']._serialized_end=1356
-  _globals['_WHEN']._serialized_start=47
-  _globals['_WHEN']._serialized_end=130
-  _globals['_SPAN']._serialized_start=132
-  _globals['_SPAN']._serialized_end=166
-  _globals['_INTERVENTION']._serialized_start=169
-  _globals['_INTERVENTION']._serialized_end=443
-  _globals['_POLICY']._serialized_start=446
-  _globals['_POLICY']._serialized_end=654
-  _globals['_CREATEPOLICYREQUEST']._serialized_start=656
-  _globals['_CREATEPOLICYREQUEST']._serialized_end=758
-  _globals['_CREATEPOLICYRESPONSE']._serialized_start=760
-  _globals['_CREATEPOLICYRESPONSE']._serialized_end=821
-  _globals['_GETPOLICYREQUEST']._serialized_start=823
-  _globals['_GETPOLICYREQUEST']._serialized_end=855
-  _globals['_GETPOLICYRESPONSE']._serialized_start=857
-  _globals['_GETPOLICYRESPONSE']._serialized_end=915
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=917
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=977
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=979
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1067
-  _globals['_DELETEPOLICYREQUEST']._serialized_start=1069
-  _globals['_DELETEPOLICYREQUEST']._serialized_end=1118
-  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1120
-  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1142
-  _globals['_STEERINGSERVICE']._serialized_start=1359
-  _globals['_STEERINGSERVICE']._serialized_end=1723
+  _globals['_POLICY_ANNOTATIONSENTRY']._loaded_options = None
+  _globals['_POLICY_ANNOTATIONSENTRY']._serialized_options = b'8\001'
+  _globals['_PHASE']._serialized_start=2706
+  _globals['_PHASE']._serialized_end=2791
+  _globals['_POLICYORIGIN']._serialized_start=2793
+  _globals['_POLICYORIGIN']._serialized_end=2918
+  _globals['_POLICYSTATE']._serialized_start=2920
+  _globals['_POLICYSTATE']._serialized_end=3014
+  _globals['_STEERSTATE']._serialized_start=3016
+  _globals['_STEERSTATE']._serialized_end=3107
+  _globals['_WHEN']._serialized_start=146
+  _globals['_WHEN']._serialized_end=229
+  _globals['_SPAN']._serialized_start=231
+  _globals['_SPAN']._serialized_end=265
+  _globals['_INTERVENTION']._serialized_start=268
+  _globals['_INTERVENTION']._serialized_end=542
+  _globals['_POLICY']._serialized_start=545
+  _globals['_POLICY']._serialized_end=1157
+  _globals['_POLICY_ANNOTATIONSENTRY']._serialized_start=1080
+  _globals['_POLICY_ANNOTATIONSENTRY']._serialized_end=1130
+  _globals['_CREATEPOLICYREQUEST']._serialized_start=1159
+  _globals['_CREATEPOLICYREQUEST']._serialized_end=1281
+  _globals['_CREATEPOLICYRESPONSE']._serialized_start=1283
+  _globals['_CREATEPOLICYRESPONSE']._serialized_end=1344
+  _globals['_GETPOLICYREQUEST']._serialized_start=1346
+  _globals['_GETPOLICYREQUEST']._serialized_end=1378
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1380
+  _globals['_GETPOLICYRESPONSE']._serialized_end=1438
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1440
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1516
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1518
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1606
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=1609
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=1764
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=1766
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=1827
+  _globals['_DELETEPOLICYREQUEST']._serialized_start=1829
+  _globals['_DELETEPOLICYREQUEST']._serialized_end=1924
+  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1926
+  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1948
+  _globals['_LISTPOLICYREVISIONSREQUEST']._serialized_start=1950
+  _globals['_LISTPOLICYREVISIONSREQUEST']._serialized_end=2031
+  _globals['_LISTPOLICYREVISIONSRESPONSE']._serialized_start=2033
+  _globals['_LISTPOLICYREVISIONSRESPONSE']._serialized_end=2128
+  _globals['_STEEREDSEQUENCE']._serialized_start=2130
+  _globals['_STEEREDSEQUENCE']._serialized_end=2191
+  _globals['_STEERREQUESTREQUEST']._serialized_start=2194
+  _globals['_STEERREQUESTREQUEST']._serialized_end=2396
+  _globals['_STEERREQUESTRESPONSE']._serialized_start=2399
+  _globals['_STEERREQUESTRESPONSE']._serialized_end=2588
+  _globals['_RELEASEREQUESTREQUEST']._serialized_start=2590
+  _globals['_RELEASEREQUESTREQUEST']._serialized_end=2627
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_start=2629
+  _globals['_RELEASEREQUESTRESPONSE']._serialized_end=2704
+  _globals['_STEERINGSERVICE']._serialized_start=3110
+  _globals['_STEERINGSERVICE']._serialized_end=3857
 # @@protoc_insertion_point(module_scope)

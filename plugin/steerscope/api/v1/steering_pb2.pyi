@@ -6,9 +6,12 @@ isort:skip_file
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
+import google.protobuf.field_mask_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import google.protobuf.timestamp_pb2
 import sys
 import typing
 
@@ -59,7 +62,9 @@ class _PolicyOriginEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     POLICY_ORIGIN_CONFIG: _PolicyOrigin.ValueType  # 2
     """Declared in the configuration; read-only."""
     POLICY_ORIGIN_CREATED: _PolicyOrigin.ValueType  # 3
-    """Stored by CreatePolicy; it lives as long as the hub process."""
+    """Stored by CreatePolicy or UpdatePolicy. It lives as long as the hub process, or
+    in the state store where one is configured.
+    """
 
 class PolicyOrigin(_PolicyOrigin, metaclass=_PolicyOriginEnumTypeWrapper):
     """PolicyOrigin is where a policy was declared."""
@@ -70,8 +75,58 @@ POLICY_ORIGIN_CATALOG: PolicyOrigin.ValueType  # 1
 POLICY_ORIGIN_CONFIG: PolicyOrigin.ValueType  # 2
 """Declared in the configuration; read-only."""
 POLICY_ORIGIN_CREATED: PolicyOrigin.ValueType  # 3
-"""Stored by CreatePolicy; it lives as long as the hub process."""
+"""Stored by CreatePolicy or UpdatePolicy. It lives as long as the hub process, or
+in the state store where one is configured.
+"""
 global___PolicyOrigin = PolicyOrigin
+
+class _PolicyState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PolicyStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PolicyState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    POLICY_STATE_UNSPECIFIED: _PolicyState.ValueType  # 0
+    POLICY_STATE_ACTIVE: _PolicyState.ValueType  # 1
+    """In force."""
+    POLICY_STATE_INVALID: _PolicyState.ValueType  # 2
+    """Kept, but not in force: it does not fit the catalog or the operator's limits, as
+    Policy.state_reason says. Requests that name it are refused.
+    """
+
+class PolicyState(_PolicyState, metaclass=_PolicyStateEnumTypeWrapper):
+    """PolicyState is whether requests may name a policy."""
+
+POLICY_STATE_UNSPECIFIED: PolicyState.ValueType  # 0
+POLICY_STATE_ACTIVE: PolicyState.ValueType  # 1
+"""In force."""
+POLICY_STATE_INVALID: PolicyState.ValueType  # 2
+"""Kept, but not in force: it does not fit the catalog or the operator's limits, as
+Policy.state_reason says. Requests that name it are refused.
+"""
+global___PolicyState = PolicyState
+
+class _SteerState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SteerStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SteerState.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    STEER_STATE_UNSPECIFIED: _SteerState.ValueType  # 0
+    STEER_STATE_APPLIED: _SteerState.ValueType  # 1
+    """Every running sequence of the request is steered so."""
+    STEER_STATE_WAITING: _SteerState.ValueType  # 2
+    """No sequence has met it yet; it waits for the request until expire_time."""
+
+class SteerState(_SteerState, metaclass=_SteerStateEnumTypeWrapper):
+    """SteerState is what became of an order."""
+
+STEER_STATE_UNSPECIFIED: SteerState.ValueType  # 0
+STEER_STATE_APPLIED: SteerState.ValueType  # 1
+"""Every running sequence of the request is steered so."""
+STEER_STATE_WAITING: SteerState.ValueType  # 2
+"""No sequence has met it yet; it waits for the request until expire_time."""
+global___SteerState = SteerState
 
 @typing.final
 class When(google.protobuf.message.Message):
@@ -200,6 +255,22 @@ class Policy(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class AnnotationsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     DESCRIPTION_FIELD_NUMBER: builtins.int
     INTERVENTIONS_FIELD_NUMBER: builtins.int
@@ -207,16 +278,27 @@ class Policy(google.protobuf.message.Message):
     ETAG_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     MAX_DOSE_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    UPDATE_TIME_FIELD_NUMBER: builtins.int
+    REVISION_ID_FIELD_NUMBER: builtins.int
+    ANNOTATIONS_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    STATE_REASON_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """name is the resource name, e.g. `policies/force-known`. Output only; when
-    given in CreatePolicy it must agree with policy_id.
+    """name is the resource name, e.g. `policies/force-known`; with `@` and a revision id
+    after it where a revision was asked for. Output only; when given in CreatePolicy it
+    must agree with policy_id, and in UpdatePolicy it says which policy is meant.
     """
     description: builtins.str
     """description is a text for people."""
     origin: global___PolicyOrigin.ValueType
     """origin says where the policy was declared. Output only."""
     etag: builtins.str
-    """etag changes whenever the policy does. Output only; empty when validate_only."""
+    """etag changes whenever the policy does. Output only, save in UpdatePolicy, where it
+    must be that of the stored policy if it is given; empty when validate_only.
+    """
     revision: builtins.int
     """revision is that of the whole store when the policy was stored; 0 for a
     read-only policy. Output only.
@@ -226,9 +308,43 @@ class Policy(google.protobuf.message.Message):
     relative to what it is added to, is scaled down to that. Must be above zero;
     absent means the operator's cap, or none.
     """
+    revision_id: builtins.str
+    """revision_id names this revision among those of the policy. Output only; empty when
+    validate_only.
+    """
+    state: global___PolicyState.ValueType
+    """state says whether requests may name the policy. Output only."""
+    state_reason: builtins.str
+    """state_reason says why the policy is not in force; or, of a read-only policy that is,
+    that a created one of the same name is kept and not in force meanwhile. Output only.
+    """
     @property
     def interventions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Intervention]:
         """interventions are the edits; at least one."""
+
+    @property
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """expire_time is that moment, kept to the microsecond; it must be in the future."""
+
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """ttl is how long from now, above zero. Input only: answers give expire_time."""
+
+    @property
+    def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """create_time is when the policy was created. Output only; absent for a read-only
+        policy and when validate_only.
+        """
+
+    @property
+    def update_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """update_time is when this revision was stored. Output only, absent like create_time."""
+
+    @property
+    def annotations(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """annotations are the caller's own: at most 16; keys of a lower-case letter, then up
+        to 62 lower-case letters, digits and `. _ / -`; values up to 1024 characters.
+        """
 
     def __init__(
         self,
@@ -240,10 +356,21 @@ class Policy(google.protobuf.message.Message):
         etag: builtins.str = ...,
         revision: builtins.int = ...,
         max_dose: builtins.float | None = ...,
+        expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
+        create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        update_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        revision_id: builtins.str = ...,
+        annotations: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        state: global___PolicyState.ValueType = ...,
+        state_reason: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "max_dose", b"max_dose"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "description", b"description", "etag", b"etag", "interventions", b"interventions", "max_dose", b"max_dose", "name", b"name", "origin", b"origin", "revision", b"revision"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "create_time", b"create_time", "expiration", b"expiration", "expire_time", b"expire_time", "max_dose", b"max_dose", "ttl", b"ttl", "update_time", b"update_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "annotations", b"annotations", "create_time", b"create_time", "description", b"description", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "interventions", b"interventions", "max_dose", b"max_dose", "name", b"name", "origin", b"origin", "revision", b"revision", "revision_id", b"revision_id", "state", b"state", "state_reason", b"state_reason", "ttl", b"ttl", "update_time", b"update_time"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_dose", b"_max_dose"]) -> typing.Literal["max_dose"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["expiration", b"expiration"]) -> typing.Literal["expire_time", "ttl"] | None: ...
 
 global___Policy = Policy
 
@@ -256,12 +383,15 @@ class CreatePolicyRequest(google.protobuf.message.Message):
     POLICY_FIELD_NUMBER: builtins.int
     POLICY_ID_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     policy_id: builtins.str
     """policy_id is the last part of the resource name: a lower-case letter, then up
     to 62 lower-case letters, digits and dashes. `inline` and `unknown` are reserved.
     """
     validate_only: builtins.bool
     """validate_only checks everything and stores nothing."""
+    request_id: builtins.str
+    """request_id is a UUID (version 4) that makes it safe to ask again. Empty means none."""
     @property
     def policy(self) -> global___Policy:
         """policy is what to store."""
@@ -272,9 +402,10 @@ class CreatePolicyRequest(google.protobuf.message.Message):
         policy: global___Policy | None = ...,
         policy_id: builtins.str = ...,
         validate_only: builtins.bool = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["policy", b"policy", "policy_id", b"policy_id", "validate_only", b"validate_only"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["policy", b"policy", "policy_id", b"policy_id", "request_id", b"request_id", "validate_only", b"validate_only"]) -> None: ...
 
 global___CreatePolicyRequest = CreatePolicyRequest
 
@@ -307,7 +438,9 @@ class GetPolicyRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """name is the resource name, e.g. `policies/force-known`."""
+    """name is the resource name, e.g. `policies/force-known`, or that of a revision, e.g.
+    `policies/force-known@3f2a9c01`.
+    """
     def __init__(
         self,
         *,
@@ -346,17 +479,26 @@ class ListPoliciesRequest(google.protobuf.message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    FILTER_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """page_size is the most policies to return. 0 means 50; above 1000 means 1000."""
     page_token: builtins.str
     """page_token is the next_page_token of the page before. Empty means the first page."""
+    filter: builtins.str
+    """filter keeps the policies for which it holds (a part of AIP-160). Comparisons,
+    joined by AND: `name`, `origin` (catalog, config, created), `state` (active,
+    invalid) and `annotations.KEY` with = or !=; `feature:"NAME"` for policies that
+    edit the feature or are gated by it. E.g. `origin = "created" AND feature:"known"`.
+    Empty means all.
+    """
     def __init__(
         self,
         *,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
+        filter: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
 
 global___ListPoliciesRequest = ListPoliciesRequest
 
@@ -385,6 +527,65 @@ class ListPoliciesResponse(google.protobuf.message.Message):
 global___ListPoliciesResponse = ListPoliciesResponse
 
 @typing.final
+class UpdatePolicyRequest(google.protobuf.message.Message):
+    """UpdatePolicyRequest asks to change a policy."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: builtins.int
+    UPDATE_MASK_FIELD_NUMBER: builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    allow_missing: builtins.bool
+    """allow_missing creates the policy, with every field given, where there is none."""
+    validate_only: builtins.bool
+    """validate_only checks everything and stores nothing."""
+    @property
+    def policy(self) -> global___Policy:
+        """policy holds the name of the policy, the new values and, if it matters, the etag."""
+
+    @property
+    def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
+        """update_mask names the fields to change: `description`, `interventions`, `max_dose`,
+        `annotations`, `expire_time` (or `ttl`, the same), or `*` for all of them; a field
+        that is named and not given is cleared. Absent means the fields that are given.
+        """
+
+    def __init__(
+        self,
+        *,
+        policy: global___Policy | None = ...,
+        update_mask: google.protobuf.field_mask_pb2.FieldMask | None = ...,
+        allow_missing: builtins.bool = ...,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["policy", b"policy", "update_mask", b"update_mask"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allow_missing", b"allow_missing", "policy", b"policy", "update_mask", b"update_mask", "validate_only", b"validate_only"]) -> None: ...
+
+global___UpdatePolicyRequest = UpdatePolicyRequest
+
+@typing.final
+class UpdatePolicyResponse(google.protobuf.message.Message):
+    """UpdatePolicyResponse holds the policy as stored."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: builtins.int
+    @property
+    def policy(self) -> global___Policy:
+        """policy is what is stored now, or would be when validate_only."""
+
+    def __init__(
+        self,
+        *,
+        policy: global___Policy | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["policy", b"policy"]) -> None: ...
+
+global___UpdatePolicyResponse = UpdatePolicyResponse
+
+@typing.final
 class DeletePolicyRequest(google.protobuf.message.Message):
     """DeletePolicyRequest asks to remove a policy."""
 
@@ -392,17 +593,25 @@ class DeletePolicyRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is the resource name, e.g. `policies/force-known`."""
     etag: builtins.str
     """etag, when given, must be that of the stored policy."""
+    allow_missing: builtins.bool
+    """allow_missing succeeds where there is no such policy."""
+    validate_only: builtins.bool
+    """validate_only checks everything and removes nothing."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         etag: builtins.str = ...,
+        allow_missing: builtins.bool = ...,
+        validate_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["etag", b"etag", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "name", b"name", "validate_only", b"validate_only"]) -> None: ...
 
 global___DeletePolicyRequest = DeletePolicyRequest
 
@@ -417,3 +626,198 @@ class DeletePolicyResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___DeletePolicyResponse = DeletePolicyResponse
+
+@typing.final
+class ListPolicyRevisionsRequest(google.protobuf.message.Message):
+    """ListPolicyRevisionsRequest asks for a page of a policy's revisions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name is the policy's resource name, e.g. `policies/force-known`."""
+    page_size: builtins.int
+    """page_size is the most revisions to return. 0 means 50; above 1000 means 1000."""
+    page_token: builtins.str
+    """page_token is the next_page_token of the page before. Empty means the first page."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+
+global___ListPolicyRevisionsRequest = ListPolicyRevisionsRequest
+
+@typing.final
+class ListPolicyRevisionsResponse(google.protobuf.message.Message):
+    """ListPolicyRevisionsResponse holds a page of revisions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLICIES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """next_page_token asks for the next page. Empty means that this is the last one."""
+    @property
+    def policies(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Policy]:
+        """policies are the policy as of each revision, newest first, the first being in force."""
+
+    def __init__(
+        self,
+        *,
+        policies: collections.abc.Iterable[global___Policy] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "policies", b"policies"]) -> None: ...
+
+global___ListPolicyRevisionsResponse = ListPolicyRevisionsResponse
+
+@typing.final
+class SteeredSequence(google.protobuf.message.Message):
+    """SteeredSequence is one completion of a request, and from where it is steered anew."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    FIRST_POSITION_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """request_id is the engine's own id of the sequence."""
+    first_position: builtins.int
+    """first_position is the first token that the new steering holds for, counted from the
+    prompt's first, which is 0.
+    """
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        first_position: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_position", b"first_position", "request_id", b"request_id"]) -> None: ...
+
+global___SteeredSequence = SteeredSequence
+
+@typing.final
+class SteerRequestRequest(google.protobuf.message.Message):
+    """SteerRequestRequest asks to steer a request that runs, or that will come."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    INTERVENTIONS_FIELD_NUMBER: builtins.int
+    MAX_DOSE_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name is the request's resource name, e.g. `requests/chatcmpl-123`: the id in the
+    response, or the one that the client will give (X-Request-Id makes `chatcmpl-ID`).
+    """
+    policy: builtins.str
+    """policy names a policy, e.g. `policies/force-known`. Either it or interventions."""
+    max_dose: builtins.float
+    """max_dose caps the dose, as in a policy; only with interventions."""
+    validate_only: builtins.bool
+    """validate_only checks everything and changes nothing."""
+    @property
+    def interventions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Intervention]:
+        """interventions are the edits, where no policy is named."""
+
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """ttl is how long to wait for a request that has not arrived, at most an hour. Absent
+        means a minute.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        policy: builtins.str = ...,
+        interventions: collections.abc.Iterable[global___Intervention] | None = ...,
+        max_dose: builtins.float | None = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "max_dose", b"max_dose", "ttl", b"ttl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_dose", b"_max_dose", "interventions", b"interventions", "max_dose", b"max_dose", "name", b"name", "policy", b"policy", "ttl", b"ttl", "validate_only", b"validate_only"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_dose", b"_max_dose"]) -> typing.Literal["max_dose"] | None: ...
+
+global___SteerRequestRequest = SteerRequestRequest
+
+@typing.final
+class SteerRequestResponse(google.protobuf.message.Message):
+    """SteerRequestResponse says what became of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    STEERING_DIGEST_FIELD_NUMBER: builtins.int
+    state: global___SteerState.ValueType
+    """state is what became of the order; unspecified when validate_only."""
+    steering_digest: builtins.str
+    """steering_digest names the effective steering, as in the request's report."""
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SteeredSequence]:
+        """sequences are those that are steered so."""
+
+    @property
+    def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """expire_time is until when an order waits. Absent unless it does."""
+
+    def __init__(
+        self,
+        *,
+        state: global___SteerState.ValueType = ...,
+        sequences: collections.abc.Iterable[global___SteeredSequence] | None = ...,
+        expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        steering_digest: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["expire_time", b"expire_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["expire_time", b"expire_time", "sequences", b"sequences", "state", b"state", "steering_digest", b"steering_digest"]) -> None: ...
+
+global___SteerRequestResponse = SteerRequestResponse
+
+@typing.final
+class ReleaseRequestRequest(google.protobuf.message.Message):
+    """ReleaseRequestRequest asks to end a request's steering."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name is the request's resource name, e.g. `requests/chatcmpl-123`."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___ReleaseRequestRequest = ReleaseRequestRequest
+
+@typing.final
+class ReleaseRequestResponse(google.protobuf.message.Message):
+    """ReleaseRequestResponse says from where it is free."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SteeredSequence]:
+        """sequences are those that were released. Empty when only a waiting order was voided."""
+
+    def __init__(
+        self,
+        *,
+        sequences: collections.abc.Iterable[global___SteeredSequence] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sequences", b"sequences"]) -> None: ...
+
+global___ReleaseRequestResponse = ReleaseRequestResponse

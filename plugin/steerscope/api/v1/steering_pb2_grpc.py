@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class SteeringServiceStub(object):
     """SteeringService keeps the named policies that requests may ask for.
+
+    Every change is stored before it is answered. Where the state store cannot be
+    reached (Redis is away), policies stay in force as last known and any change is
+    refused with UNAVAILABLE, reason STATE_UNAVAILABLE.
     """
 
     def __init__(self, channel):
@@ -50,15 +54,39 @@ class SteeringServiceStub(object):
                 request_serializer=steerscope_dot_v1_dot_steering__pb2.ListPoliciesRequest.SerializeToString,
                 response_deserializer=steerscope_dot_v1_dot_steering__pb2.ListPoliciesResponse.FromString,
                 _registered_method=True)
+        self.UpdatePolicy = channel.unary_unary(
+                '/steerscope.v1.SteeringService/UpdatePolicy',
+                request_serializer=steerscope_dot_v1_dot_steering__pb2.UpdatePolicyRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_steering__pb2.UpdatePolicyResponse.FromString,
+                _registered_method=True)
         self.DeletePolicy = channel.unary_unary(
                 '/steerscope.v1.SteeringService/DeletePolicy',
                 request_serializer=steerscope_dot_v1_dot_steering__pb2.DeletePolicyRequest.SerializeToString,
                 response_deserializer=steerscope_dot_v1_dot_steering__pb2.DeletePolicyResponse.FromString,
                 _registered_method=True)
+        self.ListPolicyRevisions = channel.unary_unary(
+                '/steerscope.v1.SteeringService/ListPolicyRevisions',
+                request_serializer=steerscope_dot_v1_dot_steering__pb2.ListPolicyRevisionsRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_steering__pb2.ListPolicyRevisionsResponse.FromString,
+                _registered_method=True)
+        self.SteerRequest = channel.unary_unary(
+                '/steerscope.v1.SteeringService/SteerRequest',
+                request_serializer=steerscope_dot_v1_dot_steering__pb2.SteerRequestRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_steering__pb2.SteerRequestResponse.FromString,
+                _registered_method=True)
+        self.ReleaseRequest = channel.unary_unary(
+                '/steerscope.v1.SteeringService/ReleaseRequest',
+                request_serializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestResponse.FromString,
+                _registered_method=True)
 
 
 class SteeringServiceServicer(object):
     """SteeringService keeps the named policies that requests may ask for.
+
+    Every change is stored before it is answered. Where the state store cannot be
+    reached (Redis is away), policies stay in force as last known and any change is
+    refused with UNAVAILABLE, reason STATE_UNAVAILABLE.
     """
 
     def CreatePolicy(self, request, context):
@@ -67,13 +95,17 @@ class SteeringServiceServicer(object):
         seconds is logged and counted, and the call still succeeds). ALREADY_EXISTS
         when the name is taken, INVALID_ARGUMENT naming the field when the policy is
         malformed or names a feature that the catalog does not hold.
+        With a request_id the same call may be made again for an hour and gets the same
+        answer; ALREADY_EXISTS, reason REQUEST_ID_REUSED, when it then asks for something
+        else.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPolicy(self, request, context):
-        """GetPolicy returns one policy. NOT_FOUND when there is none of that name.
+        """GetPolicy returns one policy, as it is or as it was at a revision. NOT_FOUND when
+        there is none of that name, it has expired, or the revision is not kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,10 +118,49 @@ class SteeringServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdatePolicy(self, request, context):
+        """UpdatePolicy changes fields of a policy that CreatePolicy stored. Front ends have
+        it when the call returns, as with CreatePolicy; requests already admitted keep
+        what they were admitted with. An update that changes nothing makes no revision.
+        FAILED_PRECONDITION when the policy comes from the catalog or the configuration,
+        ABORTED when policy.etag is given and does not match.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeletePolicy(self, request, context):
         """DeletePolicy removes a policy that CreatePolicy stored. Requests already
         admitted under it run to their end. FAILED_PRECONDITION when the policy comes
-        from the catalog or the configuration, ABORTED when the etag does not match.
+        from the catalog or the configuration, ABORTED when the etag does not match. Its
+        revisions go with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPolicyRevisions(self, request, context):
+        """ListPolicyRevisions returns a policy's kept revisions (the last 20), newest first,
+        page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SteerRequest(self, request, context):
+        """SteerRequest steers one request anew, from its next step on, on all ranks at once.
+        What was generated stays; KV blocks from there on are keyed apart. A request that has
+        not arrived is waited for, and is steered from its first token. It replaces what the
+        request was admitted with, and an order for it that still waits. FAILED_PRECONDITION
+        naming the reason when an engine cannot do it exactly.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseRequest(self, request, context):
+        """ReleaseRequest ends the steering of one request, from its next step on, or voids the
+        order that waits for it. NOT_FOUND when no such request runs and no order waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,10 +184,30 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     request_deserializer=steerscope_dot_v1_dot_steering__pb2.ListPoliciesRequest.FromString,
                     response_serializer=steerscope_dot_v1_dot_steering__pb2.ListPoliciesResponse.SerializeToString,
             ),
+            'UpdatePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdatePolicy,
+                    request_deserializer=steerscope_dot_v1_dot_steering__pb2.UpdatePolicyRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_steering__pb2.UpdatePolicyResponse.SerializeToString,
+            ),
             'DeletePolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.DeletePolicy,
                     request_deserializer=steerscope_dot_v1_dot_steering__pb2.DeletePolicyRequest.FromString,
                     response_serializer=steerscope_dot_v1_dot_steering__pb2.DeletePolicyResponse.SerializeToString,
+            ),
+            'ListPolicyRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPolicyRevisions,
+                    request_deserializer=steerscope_dot_v1_dot_steering__pb2.ListPolicyRevisionsRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_steering__pb2.ListPolicyRevisionsResponse.SerializeToString,
+            ),
+            'SteerRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.SteerRequest,
+                    request_deserializer=steerscope_dot_v1_dot_steering__pb2.SteerRequestRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_steering__pb2.SteerRequestResponse.SerializeToString,
+            ),
+            'ReleaseRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseRequest,
+                    request_deserializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -128,6 +219,10 @@ def add_SteeringServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class SteeringService(object):
     """SteeringService keeps the named policies that requests may ask for.
+
+    Every change is stored before it is answered. Where the state store cannot be
+    reached (Redis is away), policies stay in force as last known and any change is
+    refused with UNAVAILABLE, reason STATE_UNAVAILABLE.
     """
 
     @staticmethod
@@ -212,6 +307,33 @@ class SteeringService(object):
             _registered_method=True)
 
     @staticmethod
+    def UpdatePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steerscope.v1.SteeringService/UpdatePolicy',
+            steerscope_dot_v1_dot_steering__pb2.UpdatePolicyRequest.SerializeToString,
+            steerscope_dot_v1_dot_steering__pb2.UpdatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeletePolicy(request,
             target,
             options=(),
@@ -228,6 +350,87 @@ class SteeringService(object):
             '/steerscope.v1.SteeringService/DeletePolicy',
             steerscope_dot_v1_dot_steering__pb2.DeletePolicyRequest.SerializeToString,
             steerscope_dot_v1_dot_steering__pb2.DeletePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPolicyRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steerscope.v1.SteeringService/ListPolicyRevisions',
+            steerscope_dot_v1_dot_steering__pb2.ListPolicyRevisionsRequest.SerializeToString,
+            steerscope_dot_v1_dot_steering__pb2.ListPolicyRevisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SteerRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steerscope.v1.SteeringService/SteerRequest',
+            steerscope_dot_v1_dot_steering__pb2.SteerRequestRequest.SerializeToString,
+            steerscope_dot_v1_dot_steering__pb2.SteerRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steerscope.v1.SteeringService/ReleaseRequest',
+            steerscope_dot_v1_dot_steering__pb2.ReleaseRequestRequest.SerializeToString,
+            steerscope_dot_v1_dot_steering__pb2.ReleaseRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

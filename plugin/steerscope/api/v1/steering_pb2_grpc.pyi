@@ -18,7 +18,12 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class SteeringServiceStub:
-    """SteeringService keeps the named policies that requests may ask for."""
+    """SteeringService keeps the named policies that requests may ask for.
+
+    Every change is stored before it is answered. Where the state store cannot be
+    reached (Redis is away), policies stay in force as last known and any change is
+    refused with UNAVAILABLE, reason STATE_UNAVAILABLE.
+    """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     CreatePolicy: grpc.UnaryUnaryMultiCallable[
@@ -30,13 +35,18 @@ class SteeringServiceStub:
     seconds is logged and counted, and the call still succeeds). ALREADY_EXISTS
     when the name is taken, INVALID_ARGUMENT naming the field when the policy is
     malformed or names a feature that the catalog does not hold.
+    With a request_id the same call may be made again for an hour and gets the same
+    answer; ALREADY_EXISTS, reason REQUEST_ID_REUSED, when it then asks for something
+    else.
     """
 
     GetPolicy: grpc.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.GetPolicyRequest,
         steerscope.api.v1.steering_pb2.GetPolicyResponse,
     ]
-    """GetPolicy returns one policy. NOT_FOUND when there is none of that name."""
+    """GetPolicy returns one policy, as it is or as it was at a revision. NOT_FOUND when
+    there is none of that name, it has expired, or the revision is not kept.
+    """
 
     ListPolicies: grpc.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.ListPoliciesRequest,
@@ -44,17 +54,61 @@ class SteeringServiceStub:
     ]
     """ListPolicies returns the policies in order of name, page by page."""
 
+    UpdatePolicy: grpc.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.UpdatePolicyRequest,
+        steerscope.api.v1.steering_pb2.UpdatePolicyResponse,
+    ]
+    """UpdatePolicy changes fields of a policy that CreatePolicy stored. Front ends have
+    it when the call returns, as with CreatePolicy; requests already admitted keep
+    what they were admitted with. An update that changes nothing makes no revision.
+    FAILED_PRECONDITION when the policy comes from the catalog or the configuration,
+    ABORTED when policy.etag is given and does not match.
+    """
+
     DeletePolicy: grpc.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.DeletePolicyRequest,
         steerscope.api.v1.steering_pb2.DeletePolicyResponse,
     ]
     """DeletePolicy removes a policy that CreatePolicy stored. Requests already
     admitted under it run to their end. FAILED_PRECONDITION when the policy comes
-    from the catalog or the configuration, ABORTED when the etag does not match.
+    from the catalog or the configuration, ABORTED when the etag does not match. Its
+    revisions go with it.
+    """
+
+    ListPolicyRevisions: grpc.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.ListPolicyRevisionsRequest,
+        steerscope.api.v1.steering_pb2.ListPolicyRevisionsResponse,
+    ]
+    """ListPolicyRevisions returns a policy's kept revisions (the last 20), newest first,
+    page by page.
+    """
+
+    SteerRequest: grpc.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.SteerRequestRequest,
+        steerscope.api.v1.steering_pb2.SteerRequestResponse,
+    ]
+    """SteerRequest steers one request anew, from its next step on, on all ranks at once.
+    What was generated stays; KV blocks from there on are keyed apart. A request that has
+    not arrived is waited for, and is steered from its first token. It replaces what the
+    request was admitted with, and an order for it that still waits. FAILED_PRECONDITION
+    naming the reason when an engine cannot do it exactly.
+    """
+
+    ReleaseRequest: grpc.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.ReleaseRequestRequest,
+        steerscope.api.v1.steering_pb2.ReleaseRequestResponse,
+    ]
+    """ReleaseRequest ends the steering of one request, from its next step on, or voids the
+    order that waits for it. NOT_FOUND when no such request runs and no order waits.
     """
 
 class SteeringServiceAsyncStub:
-    """SteeringService keeps the named policies that requests may ask for."""
+    """SteeringService keeps the named policies that requests may ask for.
+
+    Every change is stored before it is answered. Where the state store cannot be
+    reached (Redis is away), policies stay in force as last known and any change is
+    refused with UNAVAILABLE, reason STATE_UNAVAILABLE.
+    """
 
     CreatePolicy: grpc.aio.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.CreatePolicyRequest,
@@ -65,13 +119,18 @@ class SteeringServiceAsyncStub:
     seconds is logged and counted, and the call still succeeds). ALREADY_EXISTS
     when the name is taken, INVALID_ARGUMENT naming the field when the policy is
     malformed or names a feature that the catalog does not hold.
+    With a request_id the same call may be made again for an hour and gets the same
+    answer; ALREADY_EXISTS, reason REQUEST_ID_REUSED, when it then asks for something
+    else.
     """
 
     GetPolicy: grpc.aio.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.GetPolicyRequest,
         steerscope.api.v1.steering_pb2.GetPolicyResponse,
     ]
-    """GetPolicy returns one policy. NOT_FOUND when there is none of that name."""
+    """GetPolicy returns one policy, as it is or as it was at a revision. NOT_FOUND when
+    there is none of that name, it has expired, or the revision is not kept.
+    """
 
     ListPolicies: grpc.aio.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.ListPoliciesRequest,
@@ -79,17 +138,61 @@ class SteeringServiceAsyncStub:
     ]
     """ListPolicies returns the policies in order of name, page by page."""
 
+    UpdatePolicy: grpc.aio.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.UpdatePolicyRequest,
+        steerscope.api.v1.steering_pb2.UpdatePolicyResponse,
+    ]
+    """UpdatePolicy changes fields of a policy that CreatePolicy stored. Front ends have
+    it when the call returns, as with CreatePolicy; requests already admitted keep
+    what they were admitted with. An update that changes nothing makes no revision.
+    FAILED_PRECONDITION when the policy comes from the catalog or the configuration,
+    ABORTED when policy.etag is given and does not match.
+    """
+
     DeletePolicy: grpc.aio.UnaryUnaryMultiCallable[
         steerscope.api.v1.steering_pb2.DeletePolicyRequest,
         steerscope.api.v1.steering_pb2.DeletePolicyResponse,
     ]
     """DeletePolicy removes a policy that CreatePolicy stored. Requests already
     admitted under it run to their end. FAILED_PRECONDITION when the policy comes
-    from the catalog or the configuration, ABORTED when the etag does not match.
+    from the catalog or the configuration, ABORTED when the etag does not match. Its
+    revisions go with it.
+    """
+
+    ListPolicyRevisions: grpc.aio.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.ListPolicyRevisionsRequest,
+        steerscope.api.v1.steering_pb2.ListPolicyRevisionsResponse,
+    ]
+    """ListPolicyRevisions returns a policy's kept revisions (the last 20), newest first,
+    page by page.
+    """
+
+    SteerRequest: grpc.aio.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.SteerRequestRequest,
+        steerscope.api.v1.steering_pb2.SteerRequestResponse,
+    ]
+    """SteerRequest steers one request anew, from its next step on, on all ranks at once.
+    What was generated stays; KV blocks from there on are keyed apart. A request that has
+    not arrived is waited for, and is steered from its first token. It replaces what the
+    request was admitted with, and an order for it that still waits. FAILED_PRECONDITION
+    naming the reason when an engine cannot do it exactly.
+    """
+
+    ReleaseRequest: grpc.aio.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.ReleaseRequestRequest,
+        steerscope.api.v1.steering_pb2.ReleaseRequestResponse,
+    ]
+    """ReleaseRequest ends the steering of one request, from its next step on, or voids the
+    order that waits for it. NOT_FOUND when no such request runs and no order waits.
     """
 
 class SteeringServiceServicer(metaclass=abc.ABCMeta):
-    """SteeringService keeps the named policies that requests may ask for."""
+    """SteeringService keeps the named policies that requests may ask for.
+
+    Every change is stored before it is answered. Where the state store cannot be
+    reached (Redis is away), policies stay in force as last known and any change is
+    refused with UNAVAILABLE, reason STATE_UNAVAILABLE.
+    """
 
     @abc.abstractmethod
     def CreatePolicy(
@@ -102,6 +205,9 @@ class SteeringServiceServicer(metaclass=abc.ABCMeta):
         seconds is logged and counted, and the call still succeeds). ALREADY_EXISTS
         when the name is taken, INVALID_ARGUMENT naming the field when the policy is
         malformed or names a feature that the catalog does not hold.
+        With a request_id the same call may be made again for an hour and gets the same
+        answer; ALREADY_EXISTS, reason REQUEST_ID_REUSED, when it then asks for something
+        else.
         """
 
     @abc.abstractmethod
@@ -110,7 +216,9 @@ class SteeringServiceServicer(metaclass=abc.ABCMeta):
         request: steerscope.api.v1.steering_pb2.GetPolicyRequest,
         context: _ServicerContext,
     ) -> typing.Union[steerscope.api.v1.steering_pb2.GetPolicyResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.GetPolicyResponse]]:
-        """GetPolicy returns one policy. NOT_FOUND when there is none of that name."""
+        """GetPolicy returns one policy, as it is or as it was at a revision. NOT_FOUND when
+        there is none of that name, it has expired, or the revision is not kept.
+        """
 
     @abc.abstractmethod
     def ListPolicies(
@@ -121,6 +229,19 @@ class SteeringServiceServicer(metaclass=abc.ABCMeta):
         """ListPolicies returns the policies in order of name, page by page."""
 
     @abc.abstractmethod
+    def UpdatePolicy(
+        self,
+        request: steerscope.api.v1.steering_pb2.UpdatePolicyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[steerscope.api.v1.steering_pb2.UpdatePolicyResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.UpdatePolicyResponse]]:
+        """UpdatePolicy changes fields of a policy that CreatePolicy stored. Front ends have
+        it when the call returns, as with CreatePolicy; requests already admitted keep
+        what they were admitted with. An update that changes nothing makes no revision.
+        FAILED_PRECONDITION when the policy comes from the catalog or the configuration,
+        ABORTED when policy.etag is given and does not match.
+        """
+
+    @abc.abstractmethod
     def DeletePolicy(
         self,
         request: steerscope.api.v1.steering_pb2.DeletePolicyRequest,
@@ -128,7 +249,41 @@ class SteeringServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[steerscope.api.v1.steering_pb2.DeletePolicyResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.DeletePolicyResponse]]:
         """DeletePolicy removes a policy that CreatePolicy stored. Requests already
         admitted under it run to their end. FAILED_PRECONDITION when the policy comes
-        from the catalog or the configuration, ABORTED when the etag does not match.
+        from the catalog or the configuration, ABORTED when the etag does not match. Its
+        revisions go with it.
+        """
+
+    @abc.abstractmethod
+    def ListPolicyRevisions(
+        self,
+        request: steerscope.api.v1.steering_pb2.ListPolicyRevisionsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[steerscope.api.v1.steering_pb2.ListPolicyRevisionsResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.ListPolicyRevisionsResponse]]:
+        """ListPolicyRevisions returns a policy's kept revisions (the last 20), newest first,
+        page by page.
+        """
+
+    @abc.abstractmethod
+    def SteerRequest(
+        self,
+        request: steerscope.api.v1.steering_pb2.SteerRequestRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[steerscope.api.v1.steering_pb2.SteerRequestResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.SteerRequestResponse]]:
+        """SteerRequest steers one request anew, from its next step on, on all ranks at once.
+        What was generated stays; KV blocks from there on are keyed apart. A request that has
+        not arrived is waited for, and is steered from its first token. It replaces what the
+        request was admitted with, and an order for it that still waits. FAILED_PRECONDITION
+        naming the reason when an engine cannot do it exactly.
+        """
+
+    @abc.abstractmethod
+    def ReleaseRequest(
+        self,
+        request: steerscope.api.v1.steering_pb2.ReleaseRequestRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[steerscope.api.v1.steering_pb2.ReleaseRequestResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.ReleaseRequestResponse]]:
+        """ReleaseRequest ends the steering of one request, from its next step on, or voids the
+        order that waits for it. NOT_FOUND when no such request runs and no order waits.
         """
 
 def add_SteeringServiceServicer_to_server(servicer: SteeringServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,188 @@
+"""Steering one request while it runs: who may, what is asked, what the engines answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from steerscope.api.v1 import steering_pb2
+from steerscope.catalog.store import Catalog
+from steerscope.config import SteeringSettings
+from steerscope.errors import SpecError
+from steerscope.hub.auditing import Auditor
+from steerscope.hub.auth.identity import (
+    authorise_spec,
+    authorise_steers,
+    authorise_use,
+    current_identity,
+)
+from steerscope.hub.conversions import POLICIES, REQUESTS, interventions
+from steerscope.hub.engines import EnginePlane, Ordered
+from steerscope.hub.policies import State
+from steerscope.hub.policy_store import PolicyStore
+from steerscope.hub.refusals import NotFoundError, SteeringDeclinedError, plain_name
+from steerscope.steering.admission import INLINE, check_asked
+from steerscope.steering.interventions import SteeringSpec, steering_digest
+from steerscope.telemetry.asked import AskedLog
+from steerscope.telemetry.requests import RequestLedger
+
+DEFAULT_TTL_SECONDS = 60.0
+MAX_TTL_SECONDS = 3600.0
+MAX_WAIT_SECONDS = 5.0
+"""How long a caller waits for engines whose request is known to run."""
+MAX_ID_CHARACTERS = 256
+
+RELEASED = SteeringSpec(interventions=())
+
+
+class LiveSteering:
+    """Orders, on the hub's loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        settings: SteeringSettings,
+        store: PolicyStore,
+        engines: EnginePlane,
+        ledger: RequestLedger,
+        asked: AskedLog,
+        auditor: Auditor,
+    ) -> None:
+        self._auditor = auditor
+        self._catalog = catalog
+        self._settings = settings
+        self._store = store
+        self._engines = engines
+        self._ledger = ledger
+        self._asked = asked
+        self._steered_by: dict[str, str] = {}
+        """By external id: who steers it."""
+
+    async def steer(
+        self, request: steering_pb2.SteerRequestRequest, context: Any
+    ) -> steering_pb2.SteerRequestResponse:
+        """Check, order, and say what became of it."""
+        external_id = _external_id(request.name)
+        policy, spec = self._wanted(request)
+        ttl_seconds = _ttl_seconds(request.ttl) if request.HasField("ttl") else DEFAULT_TTL_SECONDS
+        caller = current_identity()
+        in_force = [i for i, who in self._steered_by.items() if who == caller.name]
+        others = [i for i in in_force if i != external_id and self._is_in_force(i)]
+        authorise_steers(caller, len(others))
+        digest = steering_digest(self._catalog.digest, spec.interventions, spec.max_dose)
+        if request.validate_only:
+            return steering_pb2.SteerRequestResponse(steering_digest=digest)
+        self._auditor.steering_ordered(external_id, policy, spec, caller.name)
+        ordered = await self._order(external_id, policy, spec, ttl_seconds, context)
+        self._steered_by = {i: who for i, who in self._steered_by.items() if self._is_in_force(i)}
+        self._steered_by[external_id] = caller.name
+        self._asked.change(external_id, digest)
+        return _answer(ordered, digest)
+
+    async def release(
+        self, request: steering_pb2.ReleaseRequestRequest, context: Any
+    ) -> steering_pb2.ReleaseRequestResponse:
+        """End it, or void the order that waits."""
+        external_id = _external_id(request.name)
+        self._auditor.released(external_id, current_identity().name)
+        was_waiting = await self._engines.withdraw(external_id)
+        if not self._num_running(external_id):
+            if not was_waiting:
+                raise NotFoundError(f"no request {external_id[:80]!r} runs, and no order waits")
+            self._forget(external_id)
+            return steering_pb2.ReleaseRequestResponse()
+        ordered = await self._order(external_id, "", RELEASED, MAX_WAIT_SECONDS, context)
+        self._forget(external_id)
+        self._asked.change(external_id, "")
+        return steering_pb2.ReleaseRequestResponse(sequences=_sequences(ordered))
+
+    def _wanted(self, request: steering_pb2.SteerRequestRequest) -> tuple[str, SteeringSpec]:
+        """The policy's name, or ``inline``, and the edits with the cap that holds."""
+        if bool(request.policy) == bool(request.interventions):
+            raise SpecError("policy", "either a policy or interventions are needed, not both")
+        if request.policy:
+            name = plain_name(request.policy, POLICIES, "policy")
+            stored = self._store.get(name)
+            if stored is None or stored.state is State.INVALID:
+                raise SpecError("policy", f"no policy {name[:80]!r} is in force")
+            if request.HasField("max_dose"):
+                raise SpecError("max_dose", "a policy has its own; give it with interventions")
+            authorise_use(current_identity(), stored.policy)
+            return name, self._capped(stored.policy.spec)
+        if self._settings.allow_inline is False:
+            raise SpecError("interventions", "inline steering is off (steering.allow_inline)")
+        spec = SteeringSpec(
+            interventions=interventions(request.interventions),
+            max_dose=request.max_dose if request.HasField("max_dose") else None,
+        )
+        check_asked(self._catalog, self._settings, spec)
+        authorise_spec(current_identity(), spec)
+        return INLINE, self._capped(spec)
+
+    def _capped(self, spec: SteeringSpec) -> SteeringSpec:
+        max_dose = spec.max_dose or self._settings.max_dose
+        return SteeringSpec(interventions=spec.interventions, max_dose=max_dose)
+
+    async def _order(
+        self, external_id: str, policy: str, spec: SteeringSpec, ttl_seconds: float, context: Any
+    ) -> Ordered:
+        left = context.time_remaining()
+        ordered = await self._engines.steer(
+            external_id,
+            policy,
+            spec,
+            ttl_seconds=ttl_seconds,
+            num_running=self._num_running(external_id),
+            wait_seconds=min(MAX_WAIT_SECONDS, left * 0.8 if left else MAX_WAIT_SECONDS),
+        )
+        if ordered.declined:
+            raise SteeringDeclinedError("; ".join(sorted(set(ordered.declined.values()))))
+        return ordered
+
+    def _num_running(self, external_id: str) -> int:
+        return sum(not track.finished for track in self._ledger.report(external_id))
+
+    def _is_in_force(self, external_id: str) -> bool:
+        ordered = self._engines.ordered(external_id)
+        waits = ordered is not None and ordered.is_waiting
+        return waits or self._num_running(external_id) > 0
+
+    def _forget(self, external_id: str) -> None:
+        self._steered_by.pop(external_id, None)
+
+
+def _answer(ordered: Ordered, digest: str) -> steering_pb2.SteerRequestResponse:
+    answer = steering_pb2.SteerRequestResponse(
+        state=steering_pb2.STEER_STATE_APPLIED,
+        sequences=_sequences(ordered),
+        steering_digest=digest,
+    )
+    if not ordered.applied:
+        answer.state = steering_pb2.STEER_STATE_WAITING
+        expires = Timestamp()
+        expires.FromNanoseconds(ordered.expire_time_ns)
+        answer.expire_time.CopyFrom(expires)
+    return answer
+
+
+def _sequences(ordered: Ordered) -> list[steering_pb2.SteeredSequence]:
+    return [
+        steering_pb2.SteeredSequence(request_id=request_id, first_position=position)
+        for request_id, position in sorted(ordered.applied.items())
+    ]
+
+
+def _external_id(name: str) -> str:
+    external_id = plain_name(name, REQUESTS)
+    if len(external_id) > MAX_ID_CHARACTERS or not external_id.isprintable():
+        raise SpecError("name", f"an id is at most {MAX_ID_CHARACTERS} printable characters")
+    return external_id
+
+
+def _ttl_seconds(ttl: Duration) -> float:
+    seconds: float = ttl.seconds + ttl.nanos * 1e-9
+    if not 0.0 < seconds <= MAX_TTL_SECONDS:
+        raise SpecError("ttl", f"must be above 0 and at most {MAX_TTL_SECONDS:g} seconds")
+    return seconds
