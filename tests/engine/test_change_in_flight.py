@@ -61,9 +61,11 @@ def test_from_one_token_on_it_is_the_new_steering_and_before_it_the_old(world, s
         moved = abs(seen.deltas_NF - alone.deltas_NF) > oracle.TOLERANCE * engine.spread_F
         assert not moved.any()
         receipt = seen.completion
-        assert receipt.complete
+        assert not receipt.unobserved
         assert receipt.steering.changed_at == at
+        # Nobody asked the hub for this change, so what was served is not what was asked.
         assert receipt.steering_digest != seen.asked_digest
+        assert not receipt.complete
 
 
 def test_blocks_from_the_change_on_are_keyed_apart(world, engine):

@@ -21,7 +21,7 @@ def asked(seed):
 class Stream:
     """A streamed chat; its token ids."""
 
-    def __init__(self, server, question, name, num_tokens=16):
+    def __init__(self, server, question, name, policy=None, num_tokens=16):
         body = {
             "model": MODEL_NAME,
             "messages": [{"role": "user", "content": question}],
@@ -31,6 +31,8 @@ class Stream:
             "stream": True,
             "return_token_ids": True,
         }
+        if policy is not None:
+            body["vllm_xargs"] = {"steering": policy}
         request = urllib.request.Request(
             server.base_url + "/v1/chat/completions",
             json.dumps(body).encode(),
@@ -65,8 +67,9 @@ def test_an_order_waits_for_a_request_that_will_come(demo_server, client):
     assert completion.policy == "force-unknown"
     assert completion.steering_digest == told.steering_digest
     assert completion.complete
-    plain = Stream(demo_server, question, "live-3-plain").read()
-    assert stream.tokens != plain.tokens
+    assert completion.steering.num_tokens >= 1
+    flagged = Stream(demo_server, question, "live-3-flagged", policy="force-unknown").read()
+    assert stream.tokens == flagged.tokens
 
 
 def test_an_order_that_was_voided_changes_nothing(demo_server, client):

@@ -234,10 +234,11 @@ class Client:
             ttl: seconds to wait for a request that has not arrived; None for a minute.
             validate_only: check everything, change nothing.
         """
+        edits = list(interventions)
         request = steering_pb2.SteerRequestRequest(
             name=REQUESTS + request_id,
             policy=POLICIES + policy if policy else "",
-            interventions=_messages(interventions),
+            interventions=_messages(edits) if edits else (),
             max_dose=max_dose,
             ttl=None if ttl is None else _duration(ttl),
             validate_only=validate_only,

@@ -414,14 +414,20 @@ def _salted(
 
 
 def scheduler_side_of(scheduler: Any) -> SchedulerSide:
-    """The half of ours that lives beside a vLLM scheduler that has been stepped."""
+    """The half of ours that lives beside a vLLM scheduler."""
     side: SchedulerSide = getattr(scheduler, _ATTRIBUTE)
     return side
 
 
-def _side(callbacks: Callbacks, scheduler: Any) -> SchedulerSide | None:
-    if not hasattr(scheduler, _ATTRIBUTE):
-        setattr(scheduler, _ATTRIBUTE, callbacks.scheduler_side(scheduler.vllm_config))
+def _scheduler_made(
+    callbacks: Callbacks, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Before any request comes, so that orders that wait for one are here first."""
+    original(self, *args, **kwargs)
+    setattr(self, _ATTRIBUTE, callbacks.scheduler_side(self.vllm_config))
+
+
+def _side(scheduler: Any) -> SchedulerSide | None:
     side: SchedulerSide | None = getattr(scheduler, _ATTRIBUTE)
     return side
 
@@ -429,7 +435,7 @@ def _side(callbacks: Callbacks, scheduler: Any) -> SchedulerSide | None:
 def _schedule(
     callbacks: Callbacks, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    side = _side(callbacks, self)
+    side = _side(self)
     if side is None:
         return original(self, *args, **kwargs)
     restamp, stamps = functools.partial(_restamp, self), functools.partial(_stamps, self)
@@ -463,7 +469,7 @@ def _freed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    side = _side(callbacks, self)
+    side = _side(self)
     if side is not None:
         # What was sampled last is never fed, unless the request was cut off.
         reason = request.get_finished_reason()
@@ -627,6 +633,13 @@ SEAMS = (
             ("vllm.entrypoints.speech_to_text.transcription.protocol", "TranscriptionRequest"),
             ("vllm.entrypoints.speech_to_text.translation.protocol", "TranslationRequest"),
         )
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.__init__",
+        ("self",),
+        "one scheduler an engine core, made before it takes requests; vllm_config is set on return",
+        _scheduler_made,
     ),
     Seam(
         "vllm.v1.core.sched.scheduler",
