@@ -22,6 +22,46 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _SteeringSource:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SteeringSourceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SteeringSource.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    STEERING_SOURCE_UNSPECIFIED: _SteeringSource.ValueType  # 0
+    """Unspecified means that nothing was asked and no rule applied, or that it is not known."""
+    STEERING_SOURCE_DEFAULT: _SteeringSource.ValueType  # 1
+    """The default policy: the request asked for nothing."""
+    STEERING_SOURCE_INLINE: _SteeringSource.ValueType  # 2
+    """The request itself, by interventions."""
+    STEERING_SOURCE_NAMED: _SteeringSource.ValueType  # 3
+    """The request itself, by the name of a policy."""
+    STEERING_SOURCE_BOUND: _SteeringSource.ValueType  # 4
+    """A rule that matched the request."""
+    STEERING_SOURCE_ORDERED: _SteeringSource.ValueType  # 5
+    """SteerRequest or ReleaseRequest."""
+    STEERING_SOURCE_OVERRIDE: _SteeringSource.ValueType  # 6
+    """The operator's override, which holds for everything."""
+
+class SteeringSource(_SteeringSource, metaclass=_SteeringSourceEnumTypeWrapper):
+    """SteeringSource says what decided how a request is steered. Each beats those before it."""
+
+STEERING_SOURCE_UNSPECIFIED: SteeringSource.ValueType  # 0
+"""Unspecified means that nothing was asked and no rule applied, or that it is not known."""
+STEERING_SOURCE_DEFAULT: SteeringSource.ValueType  # 1
+"""The default policy: the request asked for nothing."""
+STEERING_SOURCE_INLINE: SteeringSource.ValueType  # 2
+"""The request itself, by interventions."""
+STEERING_SOURCE_NAMED: SteeringSource.ValueType  # 3
+"""The request itself, by the name of a policy."""
+STEERING_SOURCE_BOUND: SteeringSource.ValueType  # 4
+"""A rule that matched the request."""
+STEERING_SOURCE_ORDERED: SteeringSource.ValueType  # 5
+"""SteerRequest or ReleaseRequest."""
+STEERING_SOURCE_OVERRIDE: SteeringSource.ValueType  # 6
+"""The operator's override, which holds for everything."""
+global___SteeringSource = SteeringSource
+
 class _Phase:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -127,6 +167,30 @@ STEER_STATE_APPLIED: SteerState.ValueType  # 1
 STEER_STATE_WAITING: SteerState.ValueType  # 2
 """No sequence has met it yet; it waits for the request until expire_time."""
 global___SteerState = SteerState
+
+class _OverrideMode:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _OverrideModeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_OverrideMode.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    OVERRIDE_MODE_UNSPECIFIED: _OverrideMode.ValueType  # 0
+    """Unspecified means that there is no override."""
+    OVERRIDE_MODE_OFF: _OverrideMode.ValueType  # 1
+    """Nothing is steered."""
+    OVERRIDE_MODE_FORCE: _OverrideMode.ValueType  # 2
+    """Everything is steered by one policy."""
+
+class OverrideMode(_OverrideMode, metaclass=_OverrideModeEnumTypeWrapper):
+    """OverrideMode is what an override does."""
+
+OVERRIDE_MODE_UNSPECIFIED: OverrideMode.ValueType  # 0
+"""Unspecified means that there is no override."""
+OVERRIDE_MODE_OFF: OverrideMode.ValueType  # 1
+"""Nothing is steered."""
+OVERRIDE_MODE_FORCE: OverrideMode.ValueType  # 2
+"""Everything is steered by one policy."""
+global___OverrideMode = OverrideMode
 
 @typing.final
 class When(google.protobuf.message.Message):
@@ -821,3 +885,288 @@ class ReleaseRequestResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["sequences", b"sequences"]) -> None: ...
 
 global___ReleaseRequestResponse = ReleaseRequestResponse
+
+@typing.final
+class Match(google.protobuf.message.Message):
+    """Match says which requests a rule is for. At least one field is needed; all that are given
+    must hold.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class HeadersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    MODEL_FIELD_NUMBER: builtins.int
+    LORA_FIELD_NUMBER: builtins.int
+    IDENTITY_FIELD_NUMBER: builtins.int
+    HEADERS_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """model is the served model's name. Empty means any."""
+    lora: builtins.str
+    """lora is the name of the LoRA adapter that the request uses. Empty means any or none."""
+    identity: builtins.str
+    """identity is who sent the request: the identity whose token (security.identities) the
+    HTTP request bears. Empty means anyone.
+    """
+    @property
+    def headers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """headers are HTTP headers of the request with their exact values; names in lower case,
+        at most 8. Their names must be listed in steering.match_headers.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        lora: builtins.str = ...,
+        identity: builtins.str = ...,
+        headers: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["headers", b"headers", "identity", b"identity", "lora", b"lora", "model", b"model"]) -> None: ...
+
+global___Match = Match
+
+@typing.final
+class Binding(google.protobuf.message.Message):
+    """Binding binds requests to a policy, whatever they ask for."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BINDING_FIELD_NUMBER: builtins.int
+    MATCH_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    binding: builtins.str
+    """binding is its name, in the form of a policy's."""
+    policy: builtins.str
+    """policy is the policy that they are steered by, e.g. `policies/force-known`. Empty
+    means that they are not steered.
+    """
+    @property
+    def match(self) -> global___Match:
+        """match says which requests."""
+
+    def __init__(
+        self,
+        *,
+        binding: builtins.str = ...,
+        match: global___Match | None = ...,
+        policy: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["match", b"match"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["binding", b"binding", "match", b"match", "policy", b"policy"]) -> None: ...
+
+global___Binding = Binding
+
+@typing.final
+class Override(google.protobuf.message.Message):
+    """Override is the kill switch: it holds for every request, from its next step on. Once it is
+    lifted, requests are admitted by the rules again; those that run stay as it left them.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    mode: global___OverrideMode.ValueType
+    """mode is what it does."""
+    policy: builtins.str
+    """policy is what everything is steered by. Only with FORCE, where it is needed."""
+    reason: builtins.str
+    """reason is a text for people, at most 256 characters."""
+    def __init__(
+        self,
+        *,
+        mode: global___OverrideMode.ValueType = ...,
+        policy: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["mode", b"mode", "policy", b"policy", "reason", b"reason"]) -> None: ...
+
+global___Override = Override
+
+@typing.final
+class Rules(google.protobuf.message.Message):
+    """Rules say which policies govern requests beside what they ask for. Precedence: default,
+    inline, named, bound, ordered (SteerRequest), override; the later wins. A request whose
+    rule names a policy that is not in force is refused. There is one, named `rules`.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    DEFAULT_POLICY_FIELD_NUMBER: builtins.int
+    BINDINGS_FIELD_NUMBER: builtins.int
+    OVERRIDE_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
+    UPDATE_TIME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name is `rules`. Output only."""
+    default_policy: builtins.str
+    """default_policy governs requests that ask for nothing. Empty means that they are not
+    steered.
+    """
+    etag: builtins.str
+    """etag changes whenever the rules do. In UpdateRules it must match if it is given."""
+    @property
+    def bindings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Binding]:
+        """bindings are tried in this order; the first that matches decides. At most 100."""
+
+    @property
+    def override(self) -> global___Override:
+        """override is the kill switch. Absent means that there is none."""
+
+    @property
+    def update_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """update_time is when they were changed last. Output only, absent if they never were."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        default_policy: builtins.str = ...,
+        bindings: collections.abc.Iterable[global___Binding] | None = ...,
+        override: global___Override | None = ...,
+        etag: builtins.str = ...,
+        update_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["override", b"override", "update_time", b"update_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bindings", b"bindings", "default_policy", b"default_policy", "etag", b"etag", "name", b"name", "override", b"override", "update_time", b"update_time"]) -> None: ...
+
+global___Rules = Rules
+
+@typing.final
+class GetRulesRequest(google.protobuf.message.Message):
+    """GetRulesRequest asks for the rules in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetRulesRequest = GetRulesRequest
+
+@typing.final
+class GetRulesResponse(google.protobuf.message.Message):
+    """GetRulesResponse holds the rules in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RULES_FIELD_NUMBER: builtins.int
+    @property
+    def rules(self) -> global___Rules:
+        """rules are the rules in force."""
+
+    def __init__(
+        self,
+        *,
+        rules: global___Rules | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["rules", b"rules"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["rules", b"rules"]) -> None: ...
+
+global___GetRulesResponse = GetRulesResponse
+
+@typing.final
+class UpdateRulesRequest(google.protobuf.message.Message):
+    """UpdateRulesRequest asks for other rules."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RULES_FIELD_NUMBER: builtins.int
+    UPDATE_MASK_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    validate_only: builtins.bool
+    """validate_only checks everything and changes nothing."""
+    @property
+    def rules(self) -> global___Rules:
+        """rules hold the new values and, if it matters, the etag."""
+
+    @property
+    def update_mask(self) -> google.protobuf.field_mask_pb2.FieldMask:
+        """update_mask names the fields to change: `default_policy`, `bindings`, `override`, or
+        `*` for all; a field that is named and not given is cleared. Absent means the fields
+        that are given.
+        """
+
+    def __init__(
+        self,
+        *,
+        rules: global___Rules | None = ...,
+        update_mask: google.protobuf.field_mask_pb2.FieldMask | None = ...,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["rules", b"rules", "update_mask", b"update_mask"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["rules", b"rules", "update_mask", b"update_mask", "validate_only", b"validate_only"]) -> None: ...
+
+global___UpdateRulesRequest = UpdateRulesRequest
+
+@typing.final
+class DeclinedSequence(google.protobuf.message.Message):
+    """DeclinedSequence is a running sequence that an override did not reach."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """request_id is the engine's own id of the sequence."""
+    reason: builtins.str
+    """reason says why."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "request_id", b"request_id"]) -> None: ...
+
+global___DeclinedSequence = DeclinedSequence
+
+@typing.final
+class UpdateRulesResponse(google.protobuf.message.Message):
+    """UpdateRulesResponse holds the rules now in force."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RULES_FIELD_NUMBER: builtins.int
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    DECLINED_FIELD_NUMBER: builtins.int
+    @property
+    def rules(self) -> global___Rules:
+        """rules are what is in force now, or would be when validate_only."""
+
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SteeredSequence]:
+        """sequences are the running sequences that an override changed, at most 1000 of them."""
+
+    @property
+    def declined(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___DeclinedSequence]:
+        """declined are those that it could not, at most 1000 of them."""
+
+    def __init__(
+        self,
+        *,
+        rules: global___Rules | None = ...,
+        sequences: collections.abc.Iterable[global___SteeredSequence] | None = ...,
+        declined: collections.abc.Iterable[global___DeclinedSequence] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["rules", b"rules"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["declined", b"declined", "rules", b"rules", "sequences", b"sequences"]) -> None: ...
+
+global___UpdateRulesResponse = UpdateRulesResponse

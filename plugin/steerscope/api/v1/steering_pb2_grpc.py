@@ -79,6 +79,16 @@ class SteeringServiceStub(object):
                 request_serializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestRequest.SerializeToString,
                 response_deserializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestResponse.FromString,
                 _registered_method=True)
+        self.GetRules = channel.unary_unary(
+                '/steerscope.v1.SteeringService/GetRules',
+                request_serializer=steerscope_dot_v1_dot_steering__pb2.GetRulesRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_steering__pb2.GetRulesResponse.FromString,
+                _registered_method=True)
+        self.UpdateRules = channel.unary_unary(
+                '/steerscope.v1.SteeringService/UpdateRules',
+                request_serializer=steerscope_dot_v1_dot_steering__pb2.UpdateRulesRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_steering__pb2.UpdateRulesResponse.FromString,
+                _registered_method=True)
 
 
 class SteeringServiceServicer(object):
@@ -166,6 +176,25 @@ class SteeringServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRules(self, request, context):
+        """GetRules returns which policies govern requests beside what they ask for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateRules(self, request, context):
+        """UpdateRules changes them. When it returns, every live front end admits requests by
+        them, and an override that changed holds for every running request from its next
+        step on (one that an engine cannot do exactly is told in declined, and is left as it
+        was). INVALID_ARGUMENT naming the field when a rule is malformed, or names a policy
+        that is not in force or that expires; ABORTED when rules.etag is given and does not
+        match.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SteeringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -208,6 +237,16 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     servicer.ReleaseRequest,
                     request_deserializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestRequest.FromString,
                     response_serializer=steerscope_dot_v1_dot_steering__pb2.ReleaseRequestResponse.SerializeToString,
+            ),
+            'GetRules': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRules,
+                    request_deserializer=steerscope_dot_v1_dot_steering__pb2.GetRulesRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_steering__pb2.GetRulesResponse.SerializeToString,
+            ),
+            'UpdateRules': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateRules,
+                    request_deserializer=steerscope_dot_v1_dot_steering__pb2.UpdateRulesRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_steering__pb2.UpdateRulesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -431,6 +470,60 @@ class SteeringService(object):
             '/steerscope.v1.SteeringService/ReleaseRequest',
             steerscope_dot_v1_dot_steering__pb2.ReleaseRequestRequest.SerializeToString,
             steerscope_dot_v1_dot_steering__pb2.ReleaseRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steerscope.v1.SteeringService/GetRules',
+            steerscope_dot_v1_dot_steering__pb2.GetRulesRequest.SerializeToString,
+            steerscope_dot_v1_dot_steering__pb2.GetRulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateRules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steerscope.v1.SteeringService/UpdateRules',
+            steerscope_dot_v1_dot_steering__pb2.UpdateRulesRequest.SerializeToString,
+            steerscope_dot_v1_dot_steering__pb2.UpdateRulesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -102,6 +102,24 @@ class SteeringServiceStub:
     order that waits for it. NOT_FOUND when no such request runs and no order waits.
     """
 
+    GetRules: grpc.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.GetRulesRequest,
+        steerscope.api.v1.steering_pb2.GetRulesResponse,
+    ]
+    """GetRules returns which policies govern requests beside what they ask for."""
+
+    UpdateRules: grpc.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.UpdateRulesRequest,
+        steerscope.api.v1.steering_pb2.UpdateRulesResponse,
+    ]
+    """UpdateRules changes them. When it returns, every live front end admits requests by
+    them, and an override that changed holds for every running request from its next
+    step on (one that an engine cannot do exactly is told in declined, and is left as it
+    was). INVALID_ARGUMENT naming the field when a rule is malformed, or names a policy
+    that is not in force or that expires; ABORTED when rules.etag is given and does not
+    match.
+    """
+
 class SteeringServiceAsyncStub:
     """SteeringService keeps the named policies that requests may ask for.
 
@@ -184,6 +202,24 @@ class SteeringServiceAsyncStub:
     ]
     """ReleaseRequest ends the steering of one request, from its next step on, or voids the
     order that waits for it. NOT_FOUND when no such request runs and no order waits.
+    """
+
+    GetRules: grpc.aio.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.GetRulesRequest,
+        steerscope.api.v1.steering_pb2.GetRulesResponse,
+    ]
+    """GetRules returns which policies govern requests beside what they ask for."""
+
+    UpdateRules: grpc.aio.UnaryUnaryMultiCallable[
+        steerscope.api.v1.steering_pb2.UpdateRulesRequest,
+        steerscope.api.v1.steering_pb2.UpdateRulesResponse,
+    ]
+    """UpdateRules changes them. When it returns, every live front end admits requests by
+    them, and an override that changed holds for every running request from its next
+    step on (one that an engine cannot do exactly is told in declined, and is left as it
+    was). INVALID_ARGUMENT naming the field when a rule is malformed, or names a policy
+    that is not in force or that expires; ABORTED when rules.etag is given and does not
+    match.
     """
 
 class SteeringServiceServicer(metaclass=abc.ABCMeta):
@@ -284,6 +320,28 @@ class SteeringServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[steerscope.api.v1.steering_pb2.ReleaseRequestResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.ReleaseRequestResponse]]:
         """ReleaseRequest ends the steering of one request, from its next step on, or voids the
         order that waits for it. NOT_FOUND when no such request runs and no order waits.
+        """
+
+    @abc.abstractmethod
+    def GetRules(
+        self,
+        request: steerscope.api.v1.steering_pb2.GetRulesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[steerscope.api.v1.steering_pb2.GetRulesResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.GetRulesResponse]]:
+        """GetRules returns which policies govern requests beside what they ask for."""
+
+    @abc.abstractmethod
+    def UpdateRules(
+        self,
+        request: steerscope.api.v1.steering_pb2.UpdateRulesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[steerscope.api.v1.steering_pb2.UpdateRulesResponse, collections.abc.Awaitable[steerscope.api.v1.steering_pb2.UpdateRulesResponse]]:
+        """UpdateRules changes them. When it returns, every live front end admits requests by
+        them, and an override that changed holds for every running request from its next
+        step on (one that an engine cannot do exactly is told in declined, and is left as it
+        was). INVALID_ARGUMENT naming the field when a rule is malformed, or names a policy
+        that is not in force or that expires; ABORTED when rules.etag is given and does not
+        match.
         """
 
 def add_SteeringServiceServicer_to_server(servicer: SteeringServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -23,39 +23,49 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from steerscope.api.v1 import steering_pb2 as steerscope_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsteerscope/v1/telemetry.proto\x12\rsteerscope.v1\x1a\x1egoogle/protobuf/duration.proto\"W\n\x10UnobservedTokens\x12/\n\x06reason\x18\x01 \x01(\x0e\x32\x1f.steerscope.v1.UnobservedReason\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\"\xd0\x01\n\x0fSteeringSummary\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x1b\n\x0e\x66irst_position\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rlast_position\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\tdose_mean\x18\x04 \x01(\x01\x12\x10\n\x08\x64ose_max\x18\x05 \x01(\x01\x12\x17\n\nchanged_at\x18\x06 \x01(\x05H\x02\x88\x01\x01\x42\x11\n\x0f_first_positionB\x10\n\x0e_last_positionB\r\n\x0b_changed_at\"J\n\x0bSignalScore\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x12\n\x05score\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05label\x18\x03 \x01(\tB\x08\n\x06_score\"\\\n\x0c\x46\x65\x61tureTrack\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\x05\x12\x13\n\x0b\x61\x63tivations\x18\x03 \x03(\x02\x12\x0e\n\x06\x64\x65ltas\x18\x04 \x03(\x02\"\xc1\x03\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.steerscope.v1.RequestState\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x17\n\x0fsteering_digest\x18\x06 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\x05\x12\x1b\n\x13num_observed_tokens\x18\x08 \x01(\x05\x12\x33\n\nunobserved\x18\t \x03(\x0b\x32\x1f.steerscope.v1.UnobservedTokens\x12\x10\n\x08\x63omplete\x18\n \x01(\x08\x12\x30\n\x08steering\x18\x0b \x01(\x0b\x32\x1e.steerscope.v1.SteeringSummary\x12+\n\x07signals\x18\x0c \x03(\x0b\x32\x1a.steerscope.v1.SignalScore\x12-\n\x08\x66\x65\x61tures\x18\r \x03(\x0b\x32\x1b.steerscope.v1.FeatureTrack\x12\x19\n\x11num_cached_tokens\x18\x0e \x01(\x05\"\xf6\x01\n\rRequestReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.steerscope.v1.RequestState\x12.\n\x0b\x63ompletions\x18\x03 \x03(\x0b\x32\x19.steerscope.v1.Completion\x12\x16\n\x0e\x63\x61talog_digest\x18\x04 \x01(\t\x12\x16\n\x0eplugin_version\x18\x05 \x01(\t\x12\x1d\n\x15\x61sked_steering_digest\x18\x06 \x01(\t\x12\x17\n\x0f\x63\x61talog_version\x18\x07 \x01(\t\x12\x13\n\x0bmodel_match\x18\x08 \x01(\t\"P\n\x17GetRequestReportRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x18GetRequestReportResponse\x12,\n\x06report\x18\x01 \x01(\x0b\x32\x1c.steerscope.v1.RequestReport\"\x16\n\x14WatchRequestsRequest\"\x93\x01\n\x15WatchRequestsResponse\x12/\n\x07started\x18\x01 \x01(\x0b\x32\x1c.steerscope.v1.RequestReportH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.steerscope.v1.RequestReportH\x00\x12\x0e\n\x06missed\x18\x03 \x01(\x03\x42\x07\n\x05\x65vent*d\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x01\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x02*\xe5\x01\n\x10UnobservedReason\x12!\n\x1dUNOBSERVED_REASON_UNSPECIFIED\x10\x00\x12\"\n\x1eUNOBSERVED_REASON_PREFIX_CACHE\x10\x01\x12#\n\x1fUNOBSERVED_REASON_DROPPED_FRAME\x10\x02\x12 \n\x1cUNOBSERVED_REASON_OVER_LIMIT\x10\x03\x12 \n\x1cUNOBSERVED_REASON_NOT_FINITE\x10\x04\x12!\n\x1dUNOBSERVED_REASON_EXTERNAL_KV\x10\x05\x32\xd5\x01\n\x10TelemetryService\x12\x63\n\x10GetRequestReport\x12&.steerscope.v1.GetRequestReportRequest\x1a\'.steerscope.v1.GetRequestReportResponse\x12\\\n\rWatchRequests\x12#.steerscope.v1.WatchRequestsRequest\x1a$.steerscope.v1.WatchRequestsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsteerscope/v1/telemetry.proto\x12\rsteerscope.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1csteerscope/v1/steering.proto\"W\n\x10UnobservedTokens\x12/\n\x06reason\x18\x01 \x01(\x0e\x32\x1f.steerscope.v1.UnobservedReason\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\"\xd0\x01\n\x0fSteeringSummary\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x1b\n\x0e\x66irst_position\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rlast_position\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\tdose_mean\x18\x04 \x01(\x01\x12\x10\n\x08\x64ose_max\x18\x05 \x01(\x01\x12\x17\n\nchanged_at\x18\x06 \x01(\x05H\x02\x88\x01\x01\x42\x11\n\x0f_first_positionB\x10\n\x0e_last_positionB\r\n\x0b_changed_at\"J\n\x0bSignalScore\x12\x0e\n\x06signal\x18\x01 \x01(\t\x12\x12\n\x05score\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05label\x18\x03 \x01(\tB\x08\n\x06_score\"\\\n\x0c\x46\x65\x61tureTrack\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\x05\x12\x13\n\x0b\x61\x63tivations\x18\x03 \x03(\x02\x12\x0e\n\x06\x64\x65ltas\x18\x04 \x03(\x02\"\xa6\x04\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.steerscope.v1.RequestState\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x17\n\x0fsteering_digest\x18\x06 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\x05\x12\x1b\n\x13num_observed_tokens\x18\x08 \x01(\x05\x12\x33\n\nunobserved\x18\t \x03(\x0b\x32\x1f.steerscope.v1.UnobservedTokens\x12\x10\n\x08\x63omplete\x18\n \x01(\x08\x12\x30\n\x08steering\x18\x0b \x01(\x0b\x32\x1e.steerscope.v1.SteeringSummary\x12+\n\x07signals\x18\x0c \x03(\x0b\x32\x1a.steerscope.v1.SignalScore\x12-\n\x08\x66\x65\x61tures\x18\r \x03(\x0b\x32\x1b.steerscope.v1.FeatureTrack\x12\x19\n\x11num_cached_tokens\x18\x0e \x01(\x05\x12\x36\n\x0fsteering_source\x18\x0f \x01(\x0e\x32\x1d.steerscope.v1.SteeringSource\x12\x15\n\rsteering_rule\x18\x10 \x01(\t\x12\x14\n\x0c\x61sked_policy\x18\x11 \x01(\t\"\xf6\x01\n\rRequestReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.steerscope.v1.RequestState\x12.\n\x0b\x63ompletions\x18\x03 \x03(\x0b\x32\x19.steerscope.v1.Completion\x12\x16\n\x0e\x63\x61talog_digest\x18\x04 \x01(\t\x12\x16\n\x0eplugin_version\x18\x05 \x01(\t\x12\x1d\n\x15\x61sked_steering_digest\x18\x06 \x01(\t\x12\x17\n\x0f\x63\x61talog_version\x18\x07 \x01(\t\x12\x13\n\x0bmodel_match\x18\x08 \x01(\t\"P\n\x17GetRequestReportRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x18GetRequestReportResponse\x12,\n\x06report\x18\x01 \x01(\x0b\x32\x1c.steerscope.v1.RequestReport\"&\n\x14WatchRequestsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"\xa3\x01\n\x15WatchRequestsResponse\x12/\n\x07started\x18\x01 \x01(\x0b\x32\x1c.steerscope.v1.RequestReportH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.steerscope.v1.RequestReportH\x00\x12\x0e\n\x06missed\x18\x03 \x01(\x03\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\tB\x07\n\x05\x65vent\"F\n\x13WatchSignalsRequest\x12\x0f\n\x07signals\x18\x01 \x03(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12\x0e\n\x06\x63ursor\x18\x03 \x01(\t\"\xed\x01\n\x14WatchSignalsResponse\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12+\n\x07signals\x18\x06 \x03(\x0b\x32\x1a.steerscope.v1.SignalScore\x12/\n\x0b\x66inish_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06missed\x18\x08 \x01(\x03\x12\x0e\n\x06\x63ursor\x18\t \x01(\t\"q\n\x17WatchActivationsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x0e\n\x06\x63ursor\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xbb\x01\n\x18WatchActivationsResponse\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\x05\x12-\n\x08\x66\x65\x61tures\x18\x04 \x03(\x0b\x32\x1b.steerscope.v1.FeatureTrack\x12\x10\n\x08\x66inished\x18\x05 \x01(\x08\x12\x0e\n\x06missed\x18\x06 \x01(\x03\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\t*d\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x01\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x02*\xe5\x01\n\x10UnobservedReason\x12!\n\x1dUNOBSERVED_REASON_UNSPECIFIED\x10\x00\x12\"\n\x1eUNOBSERVED_REASON_PREFIX_CACHE\x10\x01\x12#\n\x1fUNOBSERVED_REASON_DROPPED_FRAME\x10\x02\x12 \n\x1cUNOBSERVED_REASON_OVER_LIMIT\x10\x03\x12 \n\x1cUNOBSERVED_REASON_NOT_FINITE\x10\x04\x12!\n\x1dUNOBSERVED_REASON_EXTERNAL_KV\x10\x05\x32\x97\x03\n\x10TelemetryService\x12\x63\n\x10GetRequestReport\x12&.steerscope.v1.GetRequestReportRequest\x1a\'.steerscope.v1.GetRequestReportResponse\x12\\\n\rWatchRequests\x12#.steerscope.v1.WatchRequestsRequest\x1a$.steerscope.v1.WatchRequestsResponse0\x01\x12Y\n\x0cWatchSignals\x12\".steerscope.v1.WatchSignalsRequest\x1a#.steerscope.v1.WatchSignalsResponse0\x01\x12\x65\n\x10WatchActivations\x12&.steerscope.v1.WatchActivationsRequest\x1a\'.steerscope.v1.WatchActivationsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steerscope.api.v1.telemetry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REQUESTSTATE']._serialized_start=1581
-  _globals['_REQUESTSTATE']._serialized_end=1681
-  _globals['_UNOBSERVEDREASON']._serialized_start=1684
-  _globals['_UNOBSERVEDREASON']._serialized_end=1913
-  _globals['_UNOBSERVEDTOKENS']._serialized_start=80
-  _globals['_UNOBSERVEDTOKENS']._serialized_end=167
-  _globals['_STEERINGSUMMARY']._serialized_start=170
-  _globals['_STEERINGSUMMARY']._serialized_end=378
-  _globals['_SIGNALSCORE']._serialized_start=380
-  _globals['_SIGNALSCORE']._serialized_end=454
-  _globals['_FEATURETRACK']._serialized_start=456
-  _globals['_FEATURETRACK']._serialized_end=548
-  _globals['_COMPLETION']._serialized_start=551
-  _globals['_COMPLETION']._serialized_end=1000
-  _globals['_REQUESTREPORT']._serialized_start=1003
-  _globals['_REQUESTREPORT']._serialized_end=1249
-  _globals['_GETREQUESTREPORTREQUEST']._serialized_start=1251
-  _globals['_GETREQUESTREPORTREQUEST']._serialized_end=1331
-  _globals['_GETREQUESTREPORTRESPONSE']._serialized_start=1333
-  _globals['_GETREQUESTREPORTRESPONSE']._serialized_end=1405
-  _globals['_WATCHREQUESTSREQUEST']._serialized_start=1407
-  _globals['_WATCHREQUESTSREQUEST']._serialized_end=1429
-  _globals['_WATCHREQUESTSRESPONSE']._serialized_start=1432
-  _globals['_WATCHREQUESTSRESPONSE']._serialized_end=1579
-  _globals['_TELEMETRYSERVICE']._serialized_start=1916
-  _globals['_TELEMETRYSERVICE']._serialized_end=2129
+  _globals['_REQUESTSTATE']._serialized_start=2394
+  _globals['_REQUESTSTATE']._serialized_end=2494
+  _globals['_UNOBSERVEDREASON']._serialized_start=2497
+  _globals['_UNOBSERVEDREASON']._serialized_end=2726
+  _globals['_UNOBSERVEDTOKENS']._serialized_start=143
+  _globals['_UNOBSERVEDTOKENS']._serialized_end=230
+  _globals['_STEERINGSUMMARY']._serialized_start=233
+  _globals['_STEERINGSUMMARY']._serialized_end=441
+  _globals['_SIGNALSCORE']._serialized_start=443
+  _globals['_SIGNALSCORE']._serialized_end=517
+  _globals['_FEATURETRACK']._serialized_start=519
+  _globals['_FEATURETRACK']._serialized_end=611
+  _globals['_COMPLETION']._serialized_start=614
+  _globals['_COMPLETION']._serialized_end=1164
+  _globals['_REQUESTREPORT']._serialized_start=1167
+  _globals['_REQUESTREPORT']._serialized_end=1413
+  _globals['_GETREQUESTREPORTREQUEST']._serialized_start=1415
+  _globals['_GETREQUESTREPORTREQUEST']._serialized_end=1495
+  _globals['_GETREQUESTREPORTRESPONSE']._serialized_start=1497
+  _globals['_GETREQUESTREPORTRESPONSE']._serialized_end=1569
+  _globals['_WATCHREQUESTSREQUEST']._serialized_start=1571
+  _globals['_WATCHREQUESTSREQUEST']._serialized_end=1609
+  _globals['_WATCHREQUESTSRESPONSE']._serialized_start=1612
+  _globals['_WATCHREQUESTSRESPONSE']._serialized_end=1775
+  _globals['_WATCHSIGNALSREQUEST']._serialized_start=1777
+  _globals['_WATCHSIGNALSREQUEST']._serialized_end=1847
+  _globals['_WATCHSIGNALSRESPONSE']._serialized_start=1850
+  _globals['_WATCHSIGNALSRESPONSE']._serialized_end=2087
+  _globals['_WATCHACTIVATIONSREQUEST']._serialized_start=2089
+  _globals['_WATCHACTIVATIONSREQUEST']._serialized_end=2202
+  _globals['_WATCHACTIVATIONSRESPONSE']._serialized_start=2205
+  _globals['_WATCHACTIVATIONSRESPONSE']._serialized_end=2392
+  _globals['_TELEMETRYSERVICE']._serialized_start=2729
+  _globals['_TELEMETRYSERVICE']._serialized_end=3136
 # @@protoc_insertion_point(module_scope)

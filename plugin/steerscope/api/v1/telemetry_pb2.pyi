@@ -10,6 +10,8 @@ import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import google.protobuf.timestamp_pb2
+import steerscope.api.v1.steering_pb2
 import sys
 import typing
 
@@ -246,6 +248,9 @@ class Completion(google.protobuf.message.Message):
     SIGNALS_FIELD_NUMBER: builtins.int
     FEATURES_FIELD_NUMBER: builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    STEERING_SOURCE_FIELD_NUMBER: builtins.int
+    STEERING_RULE_FIELD_NUMBER: builtins.int
+    ASKED_POLICY_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """request_id is the engine's own id of the sequence."""
     model_name: builtins.str
@@ -276,6 +281,16 @@ class Completion(google.protobuf.message.Message):
     num_cached_tokens: builtins.int
     """num_cached_tokens is how many of the observed tokens this completion did not
     compute: their KV came from the prefix cache, and so did their activations.
+    """
+    steering_source: steerscope.api.v1.steering_pb2.SteeringSource.ValueType
+    """steering_source says what decided the steering that holds now (changed_at says since
+    when, where it was changed). Also OVERRIDE or ORDERED for one that was switched off.
+    """
+    steering_rule: builtins.str
+    """steering_rule names the binding that decided, in case of BOUND."""
+    asked_policy: builtins.str
+    """asked_policy is what the request itself asked for, a policy's plain name or `inline`,
+    where something else beat it. Empty otherwise.
     """
     @property
     def unobserved(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UnobservedTokens]:
@@ -310,9 +325,12 @@ class Completion(google.protobuf.message.Message):
         signals: collections.abc.Iterable[global___SignalScore] | None = ...,
         features: collections.abc.Iterable[global___FeatureTrack] | None = ...,
         num_cached_tokens: builtins.int = ...,
+        steering_source: steerscope.api.v1.steering_pb2.SteeringSource.ValueType = ...,
+        steering_rule: builtins.str = ...,
+        asked_policy: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["steering", b"steering"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["complete", b"complete", "engine", b"engine", "features", b"features", "model_name", b"model_name", "num_cached_tokens", b"num_cached_tokens", "num_observed_tokens", b"num_observed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "policy", b"policy", "request_id", b"request_id", "signals", b"signals", "state", b"state", "steering", b"steering", "steering_digest", b"steering_digest", "unobserved", b"unobserved"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked_policy", b"asked_policy", "complete", b"complete", "engine", b"engine", "features", b"features", "model_name", b"model_name", "num_cached_tokens", b"num_cached_tokens", "num_observed_tokens", b"num_observed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "policy", b"policy", "request_id", b"request_id", "signals", b"signals", "state", b"state", "steering", b"steering", "steering_digest", b"steering_digest", "steering_rule", b"steering_rule", "steering_source", b"steering_source", "unobserved", b"unobserved"]) -> None: ...
 
 global___Completion = Completion
 
@@ -419,13 +437,21 @@ global___GetRequestReportResponse = GetRequestReportResponse
 
 @typing.final
 class WatchRequestsRequest(google.protobuf.message.Message):
-    """WatchRequestsRequest asks for events from now on."""
+    """WatchRequestsRequest asks for events from now on, or from where it left off."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    CURSOR_FIELD_NUMBER: builtins.int
+    cursor: builtins.str
+    """cursor is that of the last event that was received, to go on after it. Empty means from
+    now on.
+    """
     def __init__(
         self,
+        *,
+        cursor: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor"]) -> None: ...
 
 global___WatchRequestsRequest = WatchRequestsRequest
 
@@ -438,8 +464,11 @@ class WatchRequestsResponse(google.protobuf.message.Message):
     STARTED_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     MISSED_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
     missed: builtins.int
     """missed is how many events this consumer lost just before this one."""
+    cursor: builtins.str
+    """cursor says where this event is, to go on after it."""
     @property
     def started(self) -> global___RequestReport:
         """started tells that the first token of a completion was seen."""
@@ -454,9 +483,188 @@ class WatchRequestsResponse(google.protobuf.message.Message):
         started: global___RequestReport | None = ...,
         finished: global___RequestReport | None = ...,
         missed: builtins.int = ...,
+        cursor: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "started", b"started"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "finished", b"finished", "missed", b"missed", "started", b"started"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "event", b"event", "finished", b"finished", "missed", b"missed", "started", b"started"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["started", "finished"] | None: ...
 
 global___WatchRequestsResponse = WatchRequestsResponse
+
+@typing.final
+class WatchSignalsRequest(google.protobuf.message.Message):
+    """WatchSignalsRequest asks for scores from now on, or from where it left off."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIGNALS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    cursor: builtins.str
+    """cursor is that of the last event that was received, to go on after it. Empty means from
+    now on.
+    """
+    @property
+    def signals(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """signals are the plain names of those wanted. Empty means all."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """labels are the bands wanted, e.g. `high`; `unobserved` and `not_applicable` are such
+        too. Empty means all. A completion with none of them is left out.
+        """
+
+    def __init__(
+        self,
+        *,
+        signals: collections.abc.Iterable[builtins.str] | None = ...,
+        labels: collections.abc.Iterable[builtins.str] | None = ...,
+        cursor: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "labels", b"labels", "signals", b"signals"]) -> None: ...
+
+global___WatchSignalsRequest = WatchSignalsRequest
+
+@typing.final
+class WatchSignalsResponse(google.protobuf.message.Message):
+    """WatchSignalsResponse is the scores of one completion."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    ENGINE_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    SIGNALS_FIELD_NUMBER: builtins.int
+    FINISH_TIME_FIELD_NUMBER: builtins.int
+    MISSED_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    request: builtins.str
+    """request is the resource name: `requests/` and the id that the client knows."""
+    request_id: builtins.str
+    """request_id is the engine's own id of the sequence."""
+    model_name: builtins.str
+    """model_name is the served model."""
+    engine: builtins.str
+    """engine is the index of the engine that ran it."""
+    policy: builtins.str
+    """policy is the policy's plain name, or `inline`; empty when it was not steered."""
+    missed: builtins.int
+    """missed is how many completions this consumer lost just before this one, also such as
+    it did not ask for.
+    """
+    cursor: builtins.str
+    """cursor says where this event is, to go on after it."""
+    @property
+    def signals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SignalScore]:
+        """signals are the scores asked for."""
+
+    @property
+    def finish_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """finish_time is when the hub saw the end."""
+
+    def __init__(
+        self,
+        *,
+        request: builtins.str = ...,
+        request_id: builtins.str = ...,
+        model_name: builtins.str = ...,
+        engine: builtins.str = ...,
+        policy: builtins.str = ...,
+        signals: collections.abc.Iterable[global___SignalScore] | None = ...,
+        finish_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        missed: builtins.int = ...,
+        cursor: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["finish_time", b"finish_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "engine", b"engine", "finish_time", b"finish_time", "missed", b"missed", "model_name", b"model_name", "policy", b"policy", "request", b"request", "request_id", b"request_id", "signals", b"signals"]) -> None: ...
+
+global___WatchSignalsResponse = WatchSignalsResponse
+
+@typing.final
+class WatchActivationsRequest(google.protobuf.message.Message):
+    """WatchActivationsRequest asks for activations."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    FEATURES_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    TTL_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """name is the request's resource name, e.g. `requests/chatcmpl-123`; a request that has
+    not arrived is waited for, up to ttl. `requests/-` means all requests.
+    """
+    cursor: builtins.str
+    """cursor is that of the last event that was received, to go on after it. Empty means from
+    the request's first token, or with `requests/-` from now on.
+    """
+    @property
+    def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """features are the plain or resource names of those wanted. Empty means all."""
+
+    @property
+    def ttl(self) -> google.protobuf.duration_pb2.Duration:
+        """ttl is how long to wait for a request that has not arrived, at most an hour. Absent
+        means a minute. NOT_FOUND when it does not come.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        features: collections.abc.Iterable[builtins.str] | None = ...,
+        cursor: builtins.str = ...,
+        ttl: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["ttl", b"ttl"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "features", b"features", "name", b"name", "ttl", b"ttl"]) -> None: ...
+
+global___WatchActivationsRequest = WatchActivationsRequest
+
+@typing.final
+class WatchActivationsResponse(google.protobuf.message.Message):
+    """WatchActivationsResponse is some tokens of one completion."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    FEATURES_FIELD_NUMBER: builtins.int
+    FINISHED_FIELD_NUMBER: builtins.int
+    MISSED_FIELD_NUMBER: builtins.int
+    CURSOR_FIELD_NUMBER: builtins.int
+    request: builtins.str
+    """request is the resource name: `requests/` and the id that the client knows."""
+    request_id: builtins.str
+    """request_id is the engine's own id of the sequence."""
+    num_prompt_tokens: builtins.int
+    """num_prompt_tokens is the length of the prompt. Positions from here on are generated."""
+    finished: builtins.bool
+    """finished is true in the last event of the completion."""
+    missed: builtins.int
+    """missed is how many events this consumer lost just before this one. Of one request none
+    is lost; what was not observed is missing from the runs, and counted in the report.
+    """
+    cursor: builtins.str
+    """cursor says where this event is, to go on after it."""
+    @property
+    def features(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___FeatureTrack]:
+        """features are runs of activations, as in a report."""
+
+    def __init__(
+        self,
+        *,
+        request: builtins.str = ...,
+        request_id: builtins.str = ...,
+        num_prompt_tokens: builtins.int = ...,
+        features: collections.abc.Iterable[global___FeatureTrack] | None = ...,
+        finished: builtins.bool = ...,
+        missed: builtins.int = ...,
+        cursor: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cursor", b"cursor", "features", b"features", "finished", b"finished", "missed", b"missed", "num_prompt_tokens", b"num_prompt_tokens", "request", b"request", "request_id", b"request_id"]) -> None: ...
+
+global___WatchActivationsResponse = WatchActivationsResponse

@@ -45,6 +45,16 @@ class TelemetryServiceStub(object):
                 request_serializer=steerscope_dot_v1_dot_telemetry__pb2.WatchRequestsRequest.SerializeToString,
                 response_deserializer=steerscope_dot_v1_dot_telemetry__pb2.WatchRequestsResponse.FromString,
                 _registered_method=True)
+        self.WatchSignals = channel.unary_stream(
+                '/steerscope.v1.TelemetryService/WatchSignals',
+                request_serializer=steerscope_dot_v1_dot_telemetry__pb2.WatchSignalsRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_telemetry__pb2.WatchSignalsResponse.FromString,
+                _registered_method=True)
+        self.WatchActivations = channel.unary_stream(
+                '/steerscope.v1.TelemetryService/WatchActivations',
+                request_serializer=steerscope_dot_v1_dot_telemetry__pb2.WatchActivationsRequest.SerializeToString,
+                response_deserializer=steerscope_dot_v1_dot_telemetry__pb2.WatchActivationsResponse.FromString,
+                _registered_method=True)
 
 
 class TelemetryServiceServicer(object):
@@ -60,8 +70,27 @@ class TelemetryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchRequests(self, request, context):
-        """WatchRequests sends an event whenever a completion starts or finishes, from
-        the call on. A consumer that is too slow loses events and is told how many.
+        """WatchRequests sends an event whenever a completion starts or finishes: from the call
+        on, or from where a cursor says. A consumer that is too slow loses events and is told
+        how many. OUT_OF_RANGE when the cursor is of another hub or of the future.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchSignals(self, request, context):
+        """WatchSignals sends the scores of every completion that finishes, in the manner of
+        WatchRequests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchActivations(self, request, context):
+        """WatchActivations sends activations as tokens are computed, a few tokens at a time. Of
+        one request it sends all, from the first token or from where a cursor says, and ends
+        with the request; of all requests it sends what is computed from the call on, in the
+        manner of WatchRequests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +108,16 @@ def add_TelemetryServiceServicer_to_server(servicer, server):
                     servicer.WatchRequests,
                     request_deserializer=steerscope_dot_v1_dot_telemetry__pb2.WatchRequestsRequest.FromString,
                     response_serializer=steerscope_dot_v1_dot_telemetry__pb2.WatchRequestsResponse.SerializeToString,
+            ),
+            'WatchSignals': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSignals,
+                    request_deserializer=steerscope_dot_v1_dot_telemetry__pb2.WatchSignalsRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_telemetry__pb2.WatchSignalsResponse.SerializeToString,
+            ),
+            'WatchActivations': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchActivations,
+                    request_deserializer=steerscope_dot_v1_dot_telemetry__pb2.WatchActivationsRequest.FromString,
+                    response_serializer=steerscope_dot_v1_dot_telemetry__pb2.WatchActivationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +175,60 @@ class TelemetryService(object):
             '/steerscope.v1.TelemetryService/WatchRequests',
             steerscope_dot_v1_dot_telemetry__pb2.WatchRequestsRequest.SerializeToString,
             steerscope_dot_v1_dot_telemetry__pb2.WatchRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSignals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steerscope.v1.TelemetryService/WatchSignals',
+            steerscope_dot_v1_dot_telemetry__pb2.WatchSignalsRequest.SerializeToString,
+            steerscope_dot_v1_dot_telemetry__pb2.WatchSignalsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchActivations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steerscope.v1.TelemetryService/WatchActivations',
+            steerscope_dot_v1_dot_telemetry__pb2.WatchActivationsRequest.SerializeToString,
+            steerscope_dot_v1_dot_telemetry__pb2.WatchActivationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,8 +33,27 @@ class TelemetryServiceStub:
         steerscope.api.v1.telemetry_pb2.WatchRequestsRequest,
         steerscope.api.v1.telemetry_pb2.WatchRequestsResponse,
     ]
-    """WatchRequests sends an event whenever a completion starts or finishes, from
-    the call on. A consumer that is too slow loses events and is told how many.
+    """WatchRequests sends an event whenever a completion starts or finishes: from the call
+    on, or from where a cursor says. A consumer that is too slow loses events and is told
+    how many. OUT_OF_RANGE when the cursor is of another hub or of the future.
+    """
+
+    WatchSignals: grpc.UnaryStreamMultiCallable[
+        steerscope.api.v1.telemetry_pb2.WatchSignalsRequest,
+        steerscope.api.v1.telemetry_pb2.WatchSignalsResponse,
+    ]
+    """WatchSignals sends the scores of every completion that finishes, in the manner of
+    WatchRequests.
+    """
+
+    WatchActivations: grpc.UnaryStreamMultiCallable[
+        steerscope.api.v1.telemetry_pb2.WatchActivationsRequest,
+        steerscope.api.v1.telemetry_pb2.WatchActivationsResponse,
+    ]
+    """WatchActivations sends activations as tokens are computed, a few tokens at a time. Of
+    one request it sends all, from the first token or from where a cursor says, and ends
+    with the request; of all requests it sends what is computed from the call on, in the
+    manner of WatchRequests.
     """
 
 class TelemetryServiceAsyncStub:
@@ -52,8 +71,27 @@ class TelemetryServiceAsyncStub:
         steerscope.api.v1.telemetry_pb2.WatchRequestsRequest,
         steerscope.api.v1.telemetry_pb2.WatchRequestsResponse,
     ]
-    """WatchRequests sends an event whenever a completion starts or finishes, from
-    the call on. A consumer that is too slow loses events and is told how many.
+    """WatchRequests sends an event whenever a completion starts or finishes: from the call
+    on, or from where a cursor says. A consumer that is too slow loses events and is told
+    how many. OUT_OF_RANGE when the cursor is of another hub or of the future.
+    """
+
+    WatchSignals: grpc.aio.UnaryStreamMultiCallable[
+        steerscope.api.v1.telemetry_pb2.WatchSignalsRequest,
+        steerscope.api.v1.telemetry_pb2.WatchSignalsResponse,
+    ]
+    """WatchSignals sends the scores of every completion that finishes, in the manner of
+    WatchRequests.
+    """
+
+    WatchActivations: grpc.aio.UnaryStreamMultiCallable[
+        steerscope.api.v1.telemetry_pb2.WatchActivationsRequest,
+        steerscope.api.v1.telemetry_pb2.WatchActivationsResponse,
+    ]
+    """WatchActivations sends activations as tokens are computed, a few tokens at a time. Of
+    one request it sends all, from the first token or from where a cursor says, and ends
+    with the request; of all requests it sends what is computed from the call on, in the
+    manner of WatchRequests.
     """
 
 class TelemetryServiceServicer(metaclass=abc.ABCMeta):
@@ -75,8 +113,31 @@ class TelemetryServiceServicer(metaclass=abc.ABCMeta):
         request: steerscope.api.v1.telemetry_pb2.WatchRequestsRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[steerscope.api.v1.telemetry_pb2.WatchRequestsResponse], collections.abc.AsyncIterator[steerscope.api.v1.telemetry_pb2.WatchRequestsResponse]]:
-        """WatchRequests sends an event whenever a completion starts or finishes, from
-        the call on. A consumer that is too slow loses events and is told how many.
+        """WatchRequests sends an event whenever a completion starts or finishes: from the call
+        on, or from where a cursor says. A consumer that is too slow loses events and is told
+        how many. OUT_OF_RANGE when the cursor is of another hub or of the future.
+        """
+
+    @abc.abstractmethod
+    def WatchSignals(
+        self,
+        request: steerscope.api.v1.telemetry_pb2.WatchSignalsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[steerscope.api.v1.telemetry_pb2.WatchSignalsResponse], collections.abc.AsyncIterator[steerscope.api.v1.telemetry_pb2.WatchSignalsResponse]]:
+        """WatchSignals sends the scores of every completion that finishes, in the manner of
+        WatchRequests.
+        """
+
+    @abc.abstractmethod
+    def WatchActivations(
+        self,
+        request: steerscope.api.v1.telemetry_pb2.WatchActivationsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[steerscope.api.v1.telemetry_pb2.WatchActivationsResponse], collections.abc.AsyncIterator[steerscope.api.v1.telemetry_pb2.WatchActivationsResponse]]:
+        """WatchActivations sends activations as tokens are computed, a few tokens at a time. Of
+        one request it sends all, from the first token or from where a cursor says, and ends
+        with the request; of all requests it sends what is computed from the call on, in the
+        manner of WatchRequests.
         """
 
 def add_TelemetryServiceServicer_to_server(servicer: TelemetryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -30,8 +30,12 @@ REQUIRED: Mapping[str, Scope | None] = MappingProxyType(
         "/steerscope.v1.SteeringService/ListPolicyRevisions": Scope.OBSERVE,
         "/steerscope.v1.SteeringService/SteerRequest": Scope.STEER,
         "/steerscope.v1.SteeringService/ReleaseRequest": Scope.STEER,
+        "/steerscope.v1.SteeringService/GetRules": Scope.OBSERVE,
+        "/steerscope.v1.SteeringService/UpdateRules": Scope.ADMIN,
         "/steerscope.v1.TelemetryService/GetRequestReport": Scope.OBSERVE,
+        "/steerscope.v1.TelemetryService/WatchActivations": Scope.OBSERVE,
         "/steerscope.v1.TelemetryService/WatchRequests": Scope.OBSERVE,
+        "/steerscope.v1.TelemetryService/WatchSignals": Scope.OBSERVE,
     }
 )
 """By full method, as gRPC names it."""
