@@ -5,6 +5,7 @@ The file named by ``STEERSCOPE_CONFIG``, or the same tree under
 
     catalog: path/to/catalog        # relative to the file
     policies: []                    # beside those the catalog ships
+    rules: {}                       # which of them govern requests that ask for nothing, or others
     hub:
       grpc_address: 127.0.0.1:50051
       http_address: 127.0.0.1:9464
@@ -27,6 +28,7 @@ from steerscope import security as access
 from steerscope.catalog.model import ModelMatch
 from steerscope.errors import ConfigError, HubError
 from steerscope.steering.interventions import MAX_INTERVENTIONS, Policy
+from steerscope.steering.rules import HeaderName, Rules
 
 CONFIG_ENV = "STEERSCOPE_CONFIG"
 HUB_ENDPOINT_ENV = "STEERSCOPE_HUB_ENDPOINT"
@@ -60,6 +62,11 @@ class SteeringSettings(_Settings, frozen=True):
     max_rows_per_request: Positive = 4
     max_dose: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """No steering may ask for more; holds for all that names no ``max_dose`` of its own."""
+    match_headers: tuple[HeaderName, ...] = ()
+    """HTTP headers, in lower case, that rules may match; front ends look at no others."""
+    require_identity: bool = False
+    """Whether only HTTP requests that bear the token of an identity with the scope steer may ask
+    for steering. Rules, which an operator makes, hold for everyone."""
     allow_inline: bool | None = None
     """Whether requests may bring edits instead of a policy's name. Once loaded it is set: absent
     it is true while no identity is configured and the hub is on loopback, else false."""
@@ -129,6 +136,8 @@ class Settings(_Settings, frozen=True):
     model_match: ModelMatch = ModelMatch.EXACT
     """How the served model compares with the catalog's. The launcher fills it in."""
     policies: tuple[Policy, ...] = ()
+    rules: Rules = Rules()
+    """In force until ``UpdateRules`` is called for the first time."""
     hub: HubSettings = HubSettings()
     steering: SteeringSettings = SteeringSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

@@ -81,13 +81,14 @@ def front_end(vllm_config: Any) -> FrontEnd | None:
     settings = _settings(vllm_config)
     if settings is None:
         return None
+    from steerscope.engine import seams
     from steerscope.hub.link import FrontendLink
     from steerscope.steering.frontend import FrontEnd
 
     catalog = load_catalog(settings)
     link = FrontendLink(config.require_hub_endpoint(), catalog.digest)
     link.start()
-    return FrontEnd(catalog, settings, link, _refused(vllm_config))
+    return FrontEnd(catalog, settings, link, seams.served_name(vllm_config), _refused(vllm_config))
 
 
 def scheduler_side(vllm_config: Any) -> SchedulerSide | None:

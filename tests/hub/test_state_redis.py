@@ -387,8 +387,8 @@ def test_a_policy_that_cannot_be_read_leaves_the_last_state_in_force(pair):
 
 
 def test_a_state_of_another_format_is_refused_at_start(durable, sharing):
-    durable.client.set("steerscope:format", "2")
-    with pytest.raises(HubError, match=r"prefix 'steerscope': format '2' is of another"):
+    durable.client.set("steerscope:format", "3")
+    with pytest.raises(HubError, match=r"prefix 'steerscope': format '3' is of another"):
         launcher.start_hub(sharing(durable))
 
 

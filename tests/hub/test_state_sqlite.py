@@ -176,7 +176,7 @@ def test_a_file_of_a_newer_version_is_left_alone(kept):
         pass
     with contextlib.closing(sqlite3.connect(kept.state.sqlite)) as file, file:
         file.execute(f"PRAGMA user_version = {len(sqlite.MIGRATIONS) + 1}")
-    with pytest.raises(HubError, match=r"state\.db: schema version 2 is of a newer Steerscope"):
+    with pytest.raises(HubError, match=r"state\.db: schema version 3 is of a newer Steerscope"):
         launcher.start_hub(kept)
 
 

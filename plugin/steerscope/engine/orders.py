@@ -23,14 +23,17 @@ from steerscope.hub.orders import (
     Applied,
     Declined,
     FromEngine,
+    Holding,
     Order,
     Present,
+    Standing,
     ToEngine,
     Unwelcome,
     Withdraw,
     engines_address,
 )
-from steerscope.steering.interventions import SteeringSpec
+from steerscope.steering.interventions import SteeringSpec, steering_digest
+from steerscope.steering.rules import OverrideMode, SteeringSource
 from steerscope.steering.stamp import Stamp
 
 PRESENT_EVERY_SECONDS = 1.0
@@ -59,7 +62,7 @@ class EngineLink:
     def __init__(self, endpoint: str, engine: str, catalog_digest: str) -> None:
         self._endpoint = endpoint
         self._present = Present(ORDERS_VERSION, catalog_digest, engine, os.getpid())
-        self.arrived: deque[Order | Withdraw] = deque(maxlen=MAX_WAITING_ORDERS)
+        self.arrived: deque[Order | Withdraw | Standing] = deque(maxlen=MAX_WAITING_ORDERS)
         self._answers: deque[FromEngine] = deque(maxlen=MAX_ANSWERS)
         threading.Thread(target=self._run, name="steerscope-orders", daemon=True).start()
 
@@ -89,16 +92,21 @@ class EngineLink:
             return
         if isinstance(message, Unwelcome):
             _log.error("steerscope: the hub refused this engine: %s", message.reason)
-        else:
-            self.arrived.append(message)
+            return
+        self.arrived.append(message)
+        if isinstance(message, Standing):
+            self._answers.append(Holding(message.order_id))
 
 
 class OrderBook:
-    """Orders that wait for their requests. Only the scheduler's thread touches it."""
+    """Orders that wait for their requests, and the standing one, which is for all of them.
+
+    Only the scheduler's thread touches it.
+    """
 
     def __init__(
         self,
-        arrived: deque[Order | Withdraw],
+        arrived: deque[Order | Withdraw | Standing],
         answer: Callable[[Applied | Declined], None],
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
@@ -109,32 +117,50 @@ class OrderBook:
         self._clock = clock
         self._waiting: dict[str, tuple[Order, float]] = {}
         """By external id: the newest order and when it expires."""
+        self._standing: Standing | None = None
+        self._standing_digest = ""
+        self._out_of_reach: set[str] = set()
+        """Requests that cannot be steered as the standing order says."""
 
     def due(self, stamps: Callable[[], Mapping[str, tuple[Stamp, int]]]) -> dict[str, StampFrom]:
         """Changes to make now, by request.
 
         ``stamps`` gives each running request's stamp and prompt length; it is only called when
-        an order waits.
+        an order waits or stands.
         """
         while self._arrived:
             self._take(self._arrived.popleft())
-        if not self._waiting:
+        if not self._waiting and self._standing is None:
             return {}
         self._expire()
         found: dict[str, StampFrom] = {}
         met: set[str] = set()
-        for request_id, (stamp, num_prompt_tokens) in stamps().items():
+        running = stamps()
+        for request_id, (stamp, num_prompt_tokens) in running.items():
             if stamp.external_id in self._waiting:
                 met.add(stamp.external_id)
                 order = self._waiting[stamp.external_id][0]
-                found[request_id] = self._change(order, request_id, stamp, num_prompt_tokens)
+                if not self._declines(order, request_id, stamp):
+                    found[request_id] = self._change(order, request_id, stamp, num_prompt_tokens)
+            if self._standing is not None and not self._holds(request_id, stamp):
+                found[request_id] = self._change(
+                    self._standing, request_id, stamp, num_prompt_tokens
+                )
         for external_id in met:
             del self._waiting[external_id]
+        self._out_of_reach.intersection_update(running)
         return found
 
-    def _take(self, message: Order | Withdraw) -> None:
+    def _take(self, message: Order | Withdraw | Standing) -> None:
         if isinstance(message, Order):
             self._waiting[message.external_id] = (message, self._clock() + message.ttl_seconds)
+            return
+        if isinstance(message, Standing):
+            self._standing = None if message.mode is None else message
+            self._standing_digest = steering_digest(
+                self._limits.catalog_digest, message.interventions, message.max_dose
+            )
+            self._out_of_reach.clear()
             return
         for external_id, (order, _) in list(self._waiting.items()):
             if order.order_id == message.order_id:
@@ -145,19 +171,42 @@ class OrderBook:
         for external_id in [e for e, (_, until) in self._waiting.items() if until <= now]:
             del self._waiting[external_id]
 
+    def _declines(self, order: Order, request_id: str, stamp: Stamp) -> bool:
+        """Whether something beats the order; then the hub is told."""
+        reason = ""
+        if self._standing is not None:
+            reason = "an override is in force"
+        elif stamp.source is SteeringSource.BOUND and not order.over_bound:
+            reason = f"the request is bound by the rule {stamp.rule!r}, which takes the scope admin"
+        if reason:
+            self._answer(Declined(order.order_id, request_id, reason))
+        return bool(reason)
+
+    def _holds(self, request_id: str, stamp: Stamp) -> bool:
+        """Whether the request is as the standing order says, or cannot be."""
+        assert self._standing is not None
+        if self._standing.mode is OverrideMode.OFF:
+            return not stamp.current
+        if stamp.source is SteeringSource.OVERRIDE and stamp.digest == self._standing_digest:
+            return True
+        return request_id in self._out_of_reach
+
     def _change(
-        self, order: Order, request_id: str, stamp: Stamp, num_prompt_tokens: int
+        self, order: Order | Standing, request_id: str, stamp: Stamp, num_prompt_tokens: int
     ) -> StampFrom:
         spec = SteeringSpec(interventions=order.interventions, max_dose=order.max_dose)
+        source = SteeringSource.OVERRIDE if isinstance(order, Standing) else SteeringSource.ORDERED
 
         def stamp_from(position: int) -> Stamp | None:
             changed = stamp.changed(
-                position, order.policy, spec, self._limits.catalog_digest, num_prompt_tokens
+                position, order.policy, spec, self._limits.catalog_digest, num_prompt_tokens, source
             )
-            if reason := self._limits.refused or self._too_many(changed):
+            refused = self._limits.refused if spec.interventions else ""
+            if reason := refused or self._too_many(changed):
                 self._answer(Declined(order.order_id, request_id, reason))
+                self._out_of_reach.add(request_id)
                 return None
-            self._answer(Applied(order.order_id, request_id, position))
+            self._answer(Applied(order.order_id, request_id, position, stamp.external_id))
             return changed
 
         return stamp_from

@@ -21,6 +21,7 @@ from steerscope.engine.slots import SiteValues, SlotCache
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import canonical_json, steering_digest
+from steerscope.steering.rules import SteeringSource
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
@@ -160,6 +161,8 @@ class Readout:
                     stamp.policy,
                     self._applied(stamp),
                     canonical_json(stamp.current),
+                    stamp.source,
+                    stamp.asked,
                 )
             )
 
@@ -271,6 +274,9 @@ class Readout:
             interventions=canonical_json(stamp.current) if stamp and stamp.policy else b"",
             cached=self._cached(reused),
             num_external=self._kept.num_foreign(reused) if self._kept else 0,
+            source=stamp.source if stamp else SteeringSource.NOTHING,
+            rule=stamp.rule if stamp else "",
+            asked=stamp.asked if stamp else "",
         )
 
     def _applied(self, stamp: Stamp) -> str:

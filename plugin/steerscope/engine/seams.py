@@ -34,7 +34,7 @@ from steerscope.engine.runtime import Capacity, EngineRuntime, StepNews
 from steerscope.engine.scheduling import SchedulerSide, StepNote
 from steerscope.engine.slots import KvGeometry
 from steerscope.errors import SpecError, UnsupportedEngineError
-from steerscope.steering import segments, stamp
+from steerscope.steering import headers, segments, stamp
 from steerscope.steering.admission import STEERING_KEY
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33")
 
 _ATTRIBUTE = "_steerscope"
+_HEADERS = "_steerscope_headers"
+"""Carries the request's headers to where admission runs, if that is another thread."""
 _ORIGINAL = "__steerscope_original__"
 
 
@@ -339,6 +341,28 @@ def _front_end(
 ) -> None:
     original(self, *args, **kwargs)
     setattr(self, _ATTRIBUTE, callbacks.front_end(self.vllm_config))
+    in_thread = self.process_inputs_async
+
+    def carrying_headers(*args: Any, **kwargs: Any) -> Any:
+        return in_thread(*args, **{_HEADERS: headers.current_headers(), **kwargs})
+
+    self.process_inputs_async = carrying_headers
+
+
+def _with_headers(
+    callbacks: Callbacks, original: Callable[..., Any], args: Any, app: Any, *more: Any
+) -> Any:
+    result = original(args, app, *more)
+    app.add_middleware(headers.HeadersMiddleware)
+    return result
+
+
+def _app_with_headers(
+    callbacks: Callbacks, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    app = original(*args, **kwargs)
+    app.add_middleware(headers.HeadersMiddleware)
+    return app
 
 
 def _admit(
@@ -351,11 +375,13 @@ def _admit(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    shown = kwargs.pop(_HEADERS, None) or headers.current_headers()
     front_end: FrontEnd | None = getattr(self, _ATTRIBUTE)
     if front_end is None or not hasattr(params, "extra_args"):
         return original(self, request_id, prompt, params, *args, **kwargs)
     try:
-        asked = front_end.resolve(request_id, params.extra_args)
+        lora = getattr(kwargs.get("lora_request"), "lora_name", "")
+        asked = front_end.resolve(request_id, params.extra_args, shown, lora)
         if asked is not None and kwargs.get("resumable"):
             raise SpecError(STEERING_KEY, "streaming-input sessions cannot be steered")
         request = original(self, request_id, prompt, params, *args, **kwargs)
@@ -595,9 +621,25 @@ SEAMS = (
         _front_end,
     ),
     Seam(
+        "vllm.entrypoints.launchers.app",
+        "init_entrypoints_middleware",
+        ("args", "app"),
+        "every API server passes here before it serves",
+        _with_headers,
+        is_optional=True,  # since 0.29
+    ),
+    Seam(
+        "vllm.entrypoints.openai.api_server",
+        "build_app",
+        ("args",),
+        "until 0.28: every API server is made here; later a name that nothing calls",
+        _app_with_headers,
+        is_optional=True,
+    ),
+    Seam(
         "vllm.v1.engine.input_processor",
         "InputProcessor.process_inputs",
-        ("self", "request_id", "prompt", "params", "resumable"),
+        ("self", "request_id", "prompt", "params", "lora_request", "resumable"),
         "every request passes here before the engine; request_id is the external id; the result "
         "carries sampling_params, and prompt_token_ids or prompt_embeds; VLLMValidationError is "
         "HTTP 400",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,10 +14,16 @@ from steerscope.config import AuditSettings, Settings, to_tree
 from steerscope.hub.audit.entries import AuditError
 from steerscope.hub.audit.events import (
     AuditEvent,
+    BindingChanged,
+    Change,
     ConfigLoaded,
+    DefaultChanged,
     Denied,
+    KillMode,
+    KillSwitch,
     PolicyCreated,
     PolicyDeleted,
+    PolicyExpired,
     PolicyUpdated,
     Released,
     RequestRejected,
@@ -28,6 +35,7 @@ from steerscope.hub.audit.log import AuditLog, AuditUnavailableError, Fsync, OnE
 from steerscope.hub.policies import StoredPolicy
 from steerscope.steering.admission import INLINE
 from steerscope.steering.interventions import Policy, SteeringSpec, steering_digest
+from steerscope.steering.rules import Binding, Override, OverrideMode, Rules, binding_digest
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.observer import Listener
 from steerscope.telemetry.tracks import RequestTrack
@@ -92,6 +100,21 @@ class Auditor:
         """A policy is gone."""
         policy = before.policy
         self._tell(PolicyDeleted(policy.name, policy.revision, self._digest(policy)), who)
+
+    def policy_expired(self, stored: StoredPolicy) -> None:
+        """A policy's time was over."""
+        policy = stored.policy
+        self._tell(PolicyExpired(policy.name, policy.revision, self._digest(policy)))
+
+    def rules_changed(self, before: Rules, after: Rules, who: str) -> None:
+        """Other policies govern requests, or the kill switch was turned."""
+        if before.override != after.override:
+            self._tell(_kill_switch(after.override), who)
+        if before.default_policy != after.default_policy:
+            replaced = before.default_policy or ""
+            self._tell(DefaultChanged(after.default_policy or "", replaced), who)
+        for event in _bindings_changed(before, after):
+            self._tell(event, who)
 
     def steering_ordered(self, external_id: str, policy: str, spec: SteeringSpec, who: str) -> None:
         """A request is about to be steered anew."""
@@ -162,6 +185,37 @@ class Audited:
         """See ``telemetry.observer.Listener``."""
         self._auditor.finished(track)
         self._listener.finished(track)
+
+
+_KILL_MODES = {
+    OverrideMode.OFF: KillMode.STEERING_OFF,
+    OverrideMode.FORCE: KillMode.FORCE_POLICY,
+}
+
+
+def _kill_switch(override: Override | None) -> KillSwitch:
+    if override is None:
+        return KillSwitch(KillMode.RESUME)
+    return KillSwitch(_KILL_MODES[override.mode], override.policy or "")
+
+
+def _bindings_changed(before: Rules, after: Rules) -> Iterator[BindingChanged]:
+    """Each binding that came, went or changed; a change of their order alone is told of all."""
+    old = {binding.name: binding for binding in before.bindings}
+    new = {binding.name: binding for binding in after.bindings}
+    moved = [n for n in old if n in new] != [n for n in new if n in old]
+    for name, binding in new.items():
+        if name not in old:
+            yield _binding_changed(binding, Change.CREATED)
+        elif moved or binding != old[name]:
+            yield _binding_changed(binding, Change.UPDATED)
+    for name, binding in old.items():
+        if name not in new:
+            yield _binding_changed(binding, Change.DELETED)
+
+
+def _binding_changed(binding: Binding, change: Change) -> BindingChanged:
+    return BindingChanged(binding.name, change, binding.policy or "", binding_digest(binding))
 
 
 def _moment(microseconds: int | None) -> datetime | None:

@@ -28,6 +28,7 @@ from steerscope.hub.protocol import (
     Rejected,
     control_address,
 )
+from steerscope.hub.rule_store import RuleStore
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.totals import HubTotals, Outcome
 
@@ -58,6 +59,7 @@ class ControlPlane:
         endpoint: str,
         catalog_digest: str,
         store: PolicyStore,
+        rules: RuleStore,
         totals: HubTotals,
         asked: AskedLog,
         auditor: Auditor,
@@ -65,6 +67,7 @@ class ControlPlane:
         self._auditor = auditor
         self._catalog_digest = catalog_digest
         self._store = store
+        self._rules = rules
         self._totals = totals
         self._asked = asked
         self._front_ends: dict[bytes, _FrontEnd] = {}
@@ -86,16 +89,10 @@ class ControlPlane:
                 await self._take(identity, message)
             await asyncio.sleep(0)  # a flood must not starve the other tasks
 
-    async def keep_current(self) -> None:
-        """Push the policies whenever others are in force, until cancelled."""
-        while True:
-            await self._store.changed()
-            await self._push_all()
-
     async def publish(self) -> bool:
         """Push the policies; whether every live front end acked them in time."""
         wanted = self._store.revision
-        await self._push_all()
+        await self.push()
         async with self._acked:
             try:
                 async with asyncio.timeout(ACK_TIMEOUT_SECONDS):
@@ -117,7 +114,8 @@ class ControlPlane:
             if front_end.is_live
         )
 
-    async def _push_all(self) -> None:
+    async def push(self) -> None:
+        """Send what is in force to every front end that does not have it."""
         for identity, front_end in tuple(self._front_ends.items()):
             if front_end.pushed < self._store.revision:
                 await self._push(identity, front_end)
@@ -131,9 +129,12 @@ class ControlPlane:
                     if (front_end := self._front_ends.get(identity)) is not None:
                         front_end.acked = max(front_end.acked, revision)
                     self._acked.notify_all()
-            case Admitted(external_id, policy, digest):
+            case Admitted(external_id, policy, digest, asked):
                 self._asked.note(external_id, digest)
-                self._totals.outcomes[self._store.label(policy), Outcome.ADMITTED] += 1
+                if policy:
+                    self._totals.outcomes[self._store.label(policy), Outcome.ADMITTED] += 1
+                if asked:
+                    self._totals.outcomes[self._store.label(asked), Outcome.OVERRULED] += 1
             case Rejected(external_id, policy, field, reason):
                 self._auditor.rejected(external_id, policy, field, reason)
                 self._totals.outcomes[self._store.label(policy), Outcome.REJECTED] += 1
@@ -158,7 +159,15 @@ class ControlPlane:
 
     async def _push(self, identity: bytes, front_end: _FrontEnd) -> None:
         revision = front_end.pushed = self._store.revision
-        await self._send(identity, Policies(revision, self._store.in_force()))
+        await self._send(
+            identity,
+            Policies(
+                revision,
+                self._store.in_force(),
+                self._store.expire_times(),
+                self._rules.current.rules if self._rules.is_known else None,
+            ),
+        )
 
     async def _send(self, identity: bytes, message: FromHub) -> None:
         with contextlib.suppress(zmq.ZMQError):

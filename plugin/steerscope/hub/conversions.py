@@ -26,6 +26,7 @@ from steerscope.catalog.store import Catalog
 from steerscope.errors import SpecError
 from steerscope.hub.policies import Origin, State, StoredPolicy
 from steerscope.steering.interventions import Intervention, Op, Phase, When
+from steerscope.steering.rules import SteeringSource
 from steerscope.telemetry.reductions import ON_FIRST_GENERATED
 from steerscope.telemetry.tracks import RequestTrack, Unobserved
 
@@ -41,6 +42,12 @@ _ACTIVATIONS = {
     Activation.JUMPRELU: catalog_pb2.ACTIVATION_JUMPRELU,
     Activation.IDENTITY: catalog_pb2.ACTIVATION_IDENTITY,
     Activation.TOPK: catalog_pb2.ACTIVATION_TOPK,
+}
+_STEERING_SOURCES = {
+    source: steering_pb2.SteeringSource.Value(
+        f"STEERING_SOURCE_{'UNSPECIFIED' if source is SteeringSource.NOTHING else source.name}"
+    )
+    for source in SteeringSource
 }
 _LABEL_SOURCES = {
     LabelSource.HUMAN: catalog_pb2.LABEL_SOURCE_HUMAN,
@@ -266,6 +273,9 @@ def _completion(track: RequestTrack, asked_digest: str, features: bool) -> telem
             for reason, count in track.unobserved().items()
         ],
         complete=track.is_complete and track.digest == asked_digest,
+        steering_source=_STEERING_SOURCES[track.source],
+        steering_rule=track.rule,
+        asked_policy=track.asked,
         num_cached_tokens=track.num_cached,
         signals=[
             telemetry_pb2.SignalScore(signal=s.signal, score=s.score, label=s.label)

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,17 +19,27 @@ from steerscope.hub.orders import (
     Applied,
     Declined,
     FromEngine,
+    Holding,
     Order,
     Present,
+    Standing,
     ToEngine,
     Unwelcome,
     Withdraw,
     engines_address,
 )
+from steerscope.steering.admission import NO_STEERING
 from steerscope.steering.interventions import SteeringSpec
+from steerscope.steering.rules import OverrideMode
 
 SILENT_AFTER_SECONDS = 10.0
 """An engine says that it is there every second; one that did not for so long is gone."""
+
+HOLD_SECONDS = 2.0
+"""How long ``hold`` waits."""
+
+MAX_TOLD = 1000
+"""How many sequences that a standing order changed, or could not, are remembered."""
 
 REMEMBERED_SECONDS = 600.0
 """How long an order that expired can still be looked up."""
@@ -57,15 +67,42 @@ class Ordered:
         return not met and time.monotonic() < self.expires_at
 
 
-class EnginePlane:
-    """Owns the engines' ROUTER socket. One per hub, on the hub's loop."""
+@dataclass(slots=True)
+class Held:
+    """A standing order and what became of it so far."""
 
-    def __init__(self, endpoint: str, catalog_digest: str) -> None:
+    order: Standing
+    holding: set[bytes] = field(default_factory=set)
+    """Engines that have it."""
+    applied: dict[str, Applied] = field(default_factory=dict)
+    """By sequence."""
+    declined: dict[str, str] = field(default_factory=dict)
+
+
+class EnginePlane:
+    """Owns the engines' ROUTER socket. One per hub, on the hub's loop.
+
+    Args:
+        endpoint: folder of the hub's sockets.
+        catalog_digest: of the catalog that the hub serves.
+        overridden: told of each running sequence that a standing order changed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        catalog_digest: str,
+        overridden: Callable[[Standing, Applied], None] = lambda *_: None,
+    ) -> None:
         self._catalog_digest = catalog_digest
+        self._overridden = overridden
+        self._held: Held | None = None
+        """None while it is not known what holds: engines then keep what they have."""
         self._engines: dict[bytes, float] = {}
         self._orders: dict[int, Ordered] = {}
         self._by_external_id: dict[str, int] = {}
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(time.time_ns() // 1000)
+        """Engines may still answer an earlier hub's orders: no number is used again."""
         self._answered = asyncio.Condition()
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -93,14 +130,22 @@ class EnginePlane:
         ttl_seconds: float,
         num_running: int,
         wait_seconds: float,
+        over_bound: bool = False,
     ) -> Ordered:
         """Order it of every engine; wait for the answers of ``num_running`` sequences.
 
-        It replaces an order for the same request that still waits.
+        It replaces an order for the same request that still waits. ``over_bound``: whether it
+        may beat a binding.
         """
         self._forget_old()
         order = Order(
-            next(self._ids), external_id, policy, spec.interventions, spec.max_dose, ttl_seconds
+            next(self._ids),
+            external_id,
+            policy,
+            spec.interventions,
+            spec.max_dose,
+            ttl_seconds,
+            over_bound,
         )
         expire_time_ns = time.time_ns() + int(ttl_seconds * 1e9)
         ordered = Ordered(order, time.monotonic() + ttl_seconds, expire_time_ns)
@@ -113,6 +158,33 @@ class EnginePlane:
                     lambda: len(ordered.applied) + len(ordered.declined) >= num_running
                 )
         return ordered
+
+    async def hold(
+        self,
+        mode: OverrideMode | None,
+        policy: str = "",
+        spec: SteeringSpec = NO_STEERING,
+        *,
+        running: Iterable[str] = (),
+    ) -> Held:
+        """Make this the standing order of every engine; nothing happens if it is already.
+
+        Waits a little for the engines to have it, and to have reached the sequences ``running``.
+        """
+        if self._held is None or not _is_same(self._held.order, mode, policy, spec):
+            order = Standing(next(self._ids), mode, policy, spec.interventions, spec.max_dose)
+            self._held = Held(order)
+            await self._tell_all(order)
+        held, awaited = self._held, frozenset(running)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HOLD_SECONDS), self._answered:
+                await self._answered.wait_for(
+                    lambda: (
+                        held.holding.issuperset(self._engines)
+                        and awaited <= held.applied.keys() | held.declined.keys()
+                    )
+                )
+        return held
 
     async def withdraw(self, external_id: str) -> bool:
         """Void the order that waits for this request; whether there was one."""
@@ -137,10 +209,13 @@ class EnginePlane:
         match message:
             case Present():
                 await self._greet(identity, message)
-            case Applied(order_id, request_id, position):
-                await self._note(order_id, lambda o: o.applied.__setitem__(request_id, position))
-            case Declined(order_id, request_id, reason):
-                await self._note(order_id, lambda o: o.declined.__setitem__(request_id, reason))
+            case Applied(order_id) | Declined(order_id) | Holding(order_id):
+                if self._held is not None and order_id == self._held.order.order_id:
+                    self._note_held(self._held, identity, message)
+                elif (ordered := self._orders.get(order_id)) is not None:
+                    _note_ordered(ordered, message)
+                async with self._answered:
+                    self._answered.notify_all()
 
     async def _greet(self, identity: bytes, present: Present) -> None:
         reason = self._refusal(present)
@@ -150,6 +225,8 @@ class EnginePlane:
         is_new = identity not in self._engines
         self._engines[identity] = time.monotonic()
         if is_new:
+            if self._held is not None:
+                await self._send(identity, self._held.order)
             for ordered in self._orders.values():
                 if ordered.is_waiting:
                     left = ordered.expires_at - time.monotonic()
@@ -163,12 +240,20 @@ class EnginePlane:
             return f"its catalog is {present.catalog_digest}, the hub's {self._catalog_digest}"
         return ""
 
-    async def _note(self, order_id: int, note: Callable[[Ordered], None]) -> None:
-        if (ordered := self._orders.get(order_id)) is None:
-            return
-        note(ordered)
-        async with self._answered:
-            self._answered.notify_all()
+    def _note_held(
+        self, held: Held, identity: bytes, message: Applied | Declined | Holding
+    ) -> None:
+        match message:
+            case Applied(_, request_id):
+                held.applied[request_id] = message
+                self._overridden(held.order, message)
+            case Declined(_, request_id, reason):
+                held.declined[request_id] = reason
+            case Holding():
+                held.holding.add(identity)
+        for known in (held.applied, held.declined):
+            while len(known) > MAX_TOLD:
+                del known[next(iter(known))]
 
     async def _tell_all(self, message: ToEngine) -> None:
         silent = time.monotonic() - SILENT_AFTER_SECONDS
@@ -190,3 +275,16 @@ class EnginePlane:
                 del self._orders[order_id]
                 if self._by_external_id.get(ordered.order.external_id) == order_id:
                     del self._by_external_id[ordered.order.external_id]
+
+
+def _note_ordered(ordered: Ordered, message: Applied | Declined | Holding) -> None:
+    match message:
+        case Applied(_, request_id, position):
+            ordered.applied[request_id] = position
+        case Declined(_, request_id, reason):
+            ordered.declined[request_id] = reason
+
+
+def _is_same(order: Standing, mode: OverrideMode | None, policy: str, spec: SteeringSpec) -> bool:
+    there = (order.mode, order.policy, order.interventions, order.max_dose)
+    return there == (mode, policy, spec.interventions, spec.max_dose)

@@ -34,6 +34,7 @@ from steerscope.hub.protocol import (
     control_address,
 )
 from steerscope.steering.interventions import Policy
+from steerscope.steering.rules import Rules
 
 START_TIMEOUT_SECONDS = 10.0
 HELLO_EVERY_SECONDS = 1.0
@@ -54,7 +55,9 @@ class FrontendLink:
     def __init__(self, endpoint: str, catalog_digest: str) -> None:
         self._endpoint = endpoint
         self._hello = Hello(PROTOCOL_VERSION, catalog_digest, os.getpid())
-        self._policies: Mapping[str, Policy] = MappingProxyType({})
+        self._by_name: Mapping[str, Policy] = MappingProxyType({})
+        self._expire_times: Mapping[str, int] = {}
+        self._rules = Rules()
         self._waiting: deque[FromFrontend] = deque(maxlen=MAX_WAITING_EVENTS)
         self._answered = threading.Event()
         self._closing = threading.Event()
@@ -62,9 +65,18 @@ class FrontendLink:
         self._thread = threading.Thread(target=self._run, name="steerscope-link", daemon=True)
 
     @property
+    def rules(self) -> Rules:
+        """The rules in force."""
+        return self._rules
+
+    @property
     def policies(self) -> Mapping[str, Policy]:
-        """The policies in force, by name; an immutable snapshot."""
-        return self._policies
+        """The policies in force now, by name; those whose time is over are not, hub or no hub."""
+        now = time.time_ns() // 1000
+        over = {name for name, until in self._expire_times.items() if until <= now}
+        if not over:
+            return self._by_name
+        return {name: policy for name, policy in self._by_name.items() if name not in over}
 
     def start(self, timeout: float = START_TIMEOUT_SECONDS) -> None:
         """Connect, and wait for the first policies; raise ``HubError`` if none come."""
@@ -74,9 +86,9 @@ class FrontendLink:
         if self._refusal is not None:
             raise HubError(f"the hub refused this front end: {self._refusal}")
 
-    def admitted(self, external_id: str, policy: str, digest: str) -> None:
+    def admitted(self, external_id: str, policy: str, digest: str, asked: str = "") -> None:
         """Tell of a request admitted with steering. Never blocks, never raises."""
-        self._waiting.append(Admitted(external_id, policy, digest))
+        self._waiting.append(Admitted(external_id, policy, digest, asked))
 
     def rejected(self, external_id: str, policy: str, field: str, reason: str) -> None:
         """Tell of a request refused. Never blocks, never raises."""
@@ -110,13 +122,20 @@ class FrontendLink:
             _log.error("steerscope: the hub sent something malformed: %s", error)
             return
         match message:
-            case Policies(revision, policies):
-                self._policies = MappingProxyType({policy.name: policy for policy in policies})
-                _send(socket, Ack(revision))
+            case Policies():
+                self._take(message)
+                _send(socket, Ack(message.revision))
             case Refused(reason):
                 self._refusal = reason
                 _log.error("steerscope: the hub refused this front end: %s", reason)
         self._answered.set()
+
+    def _take(self, in_force: Policies) -> None:
+        """Policies first: rules never name one that is not there."""
+        self._by_name = MappingProxyType({policy.name: policy for policy in in_force.policies})
+        self._expire_times = in_force.expire_times
+        if in_force.rules is not None:
+            self._rules = in_force.rules
 
 
 def _send(socket: zmq.Socket[bytes], message: FromFrontend) -> None:

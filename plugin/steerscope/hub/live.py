@@ -23,7 +23,8 @@ from steerscope.hub.engines import EnginePlane, Ordered
 from steerscope.hub.policies import State
 from steerscope.hub.policy_store import PolicyStore
 from steerscope.hub.refusals import NotFoundError, SteeringDeclinedError, plain_name
-from steerscope.steering.admission import INLINE, check_asked
+from steerscope.security import Scope
+from steerscope.steering.admission import INLINE, capped, check_asked
 from steerscope.steering.interventions import SteeringSpec, steering_digest
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
@@ -109,8 +110,8 @@ class LiveSteering:
                 raise SpecError("policy", f"no policy {name[:80]!r} is in force")
             if request.HasField("max_dose"):
                 raise SpecError("max_dose", "a policy has its own; give it with interventions")
-            authorise_use(current_identity(), stored.policy)
-            return name, self._capped(stored.policy.spec)
+            authorise_use(current_identity(), name, stored.policy.spec)
+            return name, capped(self._settings, stored.policy.spec)
         if self._settings.allow_inline is False:
             raise SpecError("interventions", "inline steering is off (steering.allow_inline)")
         spec = SteeringSpec(
@@ -119,11 +120,7 @@ class LiveSteering:
         )
         check_asked(self._catalog, self._settings, spec)
         authorise_spec(current_identity(), spec)
-        return INLINE, self._capped(spec)
-
-    def _capped(self, spec: SteeringSpec) -> SteeringSpec:
-        max_dose = spec.max_dose or self._settings.max_dose
-        return SteeringSpec(interventions=spec.interventions, max_dose=max_dose)
+        return INLINE, capped(self._settings, spec)
 
     async def _order(
         self, external_id: str, policy: str, spec: SteeringSpec, ttl_seconds: float, context: Any
@@ -136,6 +133,7 @@ class LiveSteering:
             ttl_seconds=ttl_seconds,
             num_running=self._num_running(external_id),
             wait_seconds=min(MAX_WAIT_SECONDS, left * 0.8 if left else MAX_WAIT_SECONDS),
+            over_bound=Scope.ADMIN in current_identity().granted,
         )
         if ordered.declined:
             raise SteeringDeclinedError("; ".join(sorted(set(ordered.declined.values()))))

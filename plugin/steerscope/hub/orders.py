@@ -3,8 +3,8 @@
 ZeroMQ ROUTER (hub) to DEALER (engine core) over ``ipc://<endpoint>/engines``; tagged msgspec
 structs in MessagePack.
 
-    engine core → hub   Present (every second), Applied, Declined
-    hub → engine core   Order, Withdraw, Unwelcome
+    engine core → hub   Present (every second), Applied, Declined, Holding
+    hub → engine core   Order, Withdraw, Standing, Unwelcome
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import msgspec
 
 from steerscope.steering.interventions import Intervention
+from steerscope.steering.rules import OverrideMode
 
-ORDERS_VERSION = 1
+ORDERS_VERSION = 2
 
 
 def engines_address(endpoint: str) -> str:
@@ -37,6 +38,7 @@ class Applied(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     position: int
     """The first token, counted from the prompt's first, that is steered so."""
+    external_id: str
 
 
 class Declined(msgspec.Struct, frozen=True, tag=True):
@@ -45,6 +47,12 @@ class Declined(msgspec.Struct, frozen=True, tag=True):
     order_id: int
     request_id: str
     reason: str
+
+
+class Holding(msgspec.Struct, frozen=True, tag=True):
+    """A standing order is here, and holds before the next step is scheduled."""
+
+    order_id: int
 
 
 class Order(msgspec.Struct, frozen=True, tag=True):
@@ -59,6 +67,19 @@ class Order(msgspec.Struct, frozen=True, tag=True):
     interventions: tuple[Intervention, ...]
     max_dose: float | None
     ttl_seconds: float
+    over_bound: bool = False
+    """Whether it may beat a binding."""
+
+
+class Standing(msgspec.Struct, frozen=True, tag=True):
+    """The override: it holds for every request from its next step on, until the next comes."""
+
+    order_id: int
+    mode: OverrideMode | None
+    """None lifts it: requests stay as it left them."""
+    policy: str = ""
+    interventions: tuple[Intervention, ...] = ()
+    max_dose: float | None = None
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag=True):
@@ -73,5 +94,5 @@ class Unwelcome(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromEngine = Present | Applied | Declined
-ToEngine = Order | Withdraw | Unwelcome
+FromEngine = Present | Applied | Declined | Holding
+ToEngine = Order | Withdraw | Standing | Unwelcome

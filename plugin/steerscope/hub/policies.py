@@ -98,6 +98,10 @@ class PolicyChangedError(SteerscopeError):
     """The etag given is not the policy's."""
 
 
+class PolicyInUseError(SteerscopeError):
+    """A rule names the policy."""
+
+
 class PolicyLimitError(SteerscopeError):
     """There are as many policies as are allowed; each is a metric label."""
 

@@ -22,6 +22,7 @@ from steerscope.hub.policies import (
     Origin,
     PolicyChangedError,
     PolicyConflictError,
+    PolicyInUseError,
     PolicyLimitError,
     PolicyNotFoundError,
     PolicyReadOnlyError,
@@ -96,6 +97,8 @@ class PolicyStore:
         self._created: dict[str, StoredPolicy] = {}
         self._feature_digests: dict[str, str] = {}
         self._changed = asyncio.Event()
+        self.expired: Callable[[StoredPolicy], None] = lambda _: None
+        """Told of each policy whose time is over."""
 
     def get(self, name: str) -> StoredPolicy | None:
         """The policy of that name."""
@@ -121,6 +124,14 @@ class PolicyStore:
     def in_force(self) -> tuple[Policy, ...]:
         """What requests may name now."""
         return tuple(stored.policy for stored in self.all() if stored.state is State.ACTIVE)
+
+    def expire_times(self) -> dict[str, int]:
+        """When policies in force end by themselves, in microseconds since 1970."""
+        return {
+            stored.policy.name: stored.expire_time
+            for stored in self._created.values()
+            if stored.expire_time is not None
+        }
 
     def label(self, name: str) -> str:
         """``name`` if it may be a metric label, else ``unknown``."""
@@ -171,6 +182,8 @@ class PolicyStore:
                 self._check_free(name)
             elif current.state is State.ACTIVE and draft.is_met_by(current):
                 return current, None
+            if draft.expire_time is not None:
+                self._check_unbound(name, "may not end by itself")
             if validate_only:
                 return preview(draft), None
             revision = self._next_revision(draft, current)
@@ -193,6 +206,7 @@ class PolicyStore:
             if self.get(name) is None and allow_missing:
                 return None, None
             self._changeable(name, etag, allow_missing=False)
+            self._check_unbound(name, "may not be deleted")
             mark = next_mark(self.state.snapshot.revision + 1)
             return None, Change(mark=mark, drop=(name, *self._expired(name)))
 
@@ -219,6 +233,12 @@ class PolicyStore:
             raise PolicyConflictError(f"policy {name!r} exists already")
         if len(self._declared.keys() | self._created.keys()) >= self._max_policies:
             raise PolicyLimitError(f"there are {self._max_policies} policies, no more are allowed")
+
+    def _check_unbound(self, name: str, what: str) -> None:
+        rules = self.state.snapshot.rules
+        for field, named in rules.rules.policies() if rules is not None else ():
+            if named == name:
+                raise PolicyInUseError(f"policy {name!r} {what}: rules.{field} names it")
 
     def _changeable(self, name: str, etag: str, allow_missing: bool) -> StoredPolicy | None:
         stored = self.get(name)
@@ -309,6 +329,8 @@ class PolicyStore:
         if len(live) < len(created):
             self._created = live
             self._note_change()
+            for name in created.keys() - live.keys():
+                self.expired(created[name])
 
     def _seconds_to_expiry(self) -> float:
         times = (s.expire_time for s in self._created.values() if s.expire_time is not None)

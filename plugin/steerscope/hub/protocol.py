@@ -13,8 +13,9 @@ from __future__ import annotations
 import msgspec
 
 from steerscope.steering.interventions import Policy
+from steerscope.steering.rules import Rules
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 def control_address(endpoint: str) -> str:
@@ -42,11 +43,16 @@ class Ack(msgspec.Struct, frozen=True, tag=True):
 
 
 class Admitted(msgspec.Struct, frozen=True, tag=True):
-    """A request with steering was admitted under ``policy`` (or ``inline``)."""
+    """A request with steering was admitted under ``policy`` (or ``inline``).
+
+    Where rules decided, ``asked`` is what the request had asked for itself, if anything, and
+    ``policy`` and ``digest`` are empty if they decided that it is not steered.
+    """
 
     external_id: str
     policy: str
     digest: str
+    asked: str = ""
 
 
 class Rejected(msgspec.Struct, frozen=True, tag=True):
@@ -63,10 +69,17 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 
 
 class Policies(msgspec.Struct, frozen=True, tag=True):
-    """Every policy in force, at ``revision``."""
+    """Every policy in force, at ``revision``, and the rules.
+
+    ``expire_times`` are microseconds since 1970, of those policies that end by themselves: a
+    front end sees to it also while the hub is dead. ``rules`` are None while the hub does not
+    know them (its state store is away): a front end then keeps those it has.
+    """
 
     revision: int
     policies: tuple[Policy, ...]
+    expire_times: dict[str, int] = {}
+    rules: Rules | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf import any_pb2
@@ -17,6 +18,7 @@ from steerscope.hub.auth.statuses import DOMAIN, access_status
 from steerscope.hub.policies import (
     PolicyChangedError,
     PolicyConflictError,
+    PolicyInUseError,
     PolicyLimitError,
     PolicyNotFoundError,
     PolicyReadOnlyError,
@@ -33,6 +35,10 @@ class SteeringDeclinedError(SteerscopeError):
     """An engine cannot steer the request as asked."""
 
 
+class CursorLostError(SteerscopeError):
+    """What followed a cursor is not known here, or not known any more."""
+
+
 class _Kind(NamedTuple):
     code: int
     reason: str
@@ -44,10 +50,12 @@ _KINDS: dict[type[SteerscopeError], _Kind] = {
     PolicyNotFoundError: _Kind(code_pb2.NOT_FOUND, "NOT_FOUND"),
     PolicyConflictError: _Kind(code_pb2.ALREADY_EXISTS, "POLICY_EXISTS"),
     PolicyReadOnlyError: _Kind(code_pb2.FAILED_PRECONDITION, "POLICY_READ_ONLY"),
+    PolicyInUseError: _Kind(code_pb2.FAILED_PRECONDITION, "POLICY_IN_USE"),
     PolicyLimitError: _Kind(code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_POLICIES"),
     PolicyChangedError: _Kind(code_pb2.ABORTED, "ETAG_MISMATCH"),
     RequestReusedError: _Kind(code_pb2.ALREADY_EXISTS, "REQUEST_ID_REUSED"),
     SteeringDeclinedError: _Kind(code_pb2.FAILED_PRECONDITION, "STEERING_DECLINED"),
+    CursorLostError: _Kind(code_pb2.OUT_OF_RANGE, "CURSOR_LOST"),
     AuditError: _Kind(code_pb2.UNAVAILABLE, "AUDIT_UNAVAILABLE"),
     StateError: _Kind(code_pb2.UNAVAILABLE, "STATE_UNAVAILABLE"),
 }
@@ -68,6 +76,23 @@ def refusing(
         except SteerscopeError as error:
             await context.abort_with_status(rpc_status.to_status(status(error)))
             raise AssertionError("abort raises") from error
+
+    return answered
+
+
+def refusing_stream(
+    method: Callable[..., AsyncGenerator[Answer, None]],
+) -> Callable[[Any, Any, Any], AsyncGenerator[Answer, None]]:
+    """``refusing``, for an RPC method that answers with a stream."""
+
+    @functools.wraps(method)
+    async def answered(self: Any, request: Any, context: Any) -> AsyncGenerator[Answer, None]:
+        try:
+            async with aclosing(method(self, request, context)) as answers:
+                async for answer in answers:
+                    yield answer
+        except SteerscopeError as error:
+            await context.abort_with_status(rpc_status.to_status(status(error)))
 
     return answered
 

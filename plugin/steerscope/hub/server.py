@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -31,7 +32,6 @@ from steerscope.config import Settings
 from steerscope.errors import HubError
 from steerscope.export import instruments
 from steerscope.export.prometheus import HubCollector
-from steerscope.hub.announcements import Announcements
 from steerscope.hub.auditing import Audited, Auditor, open_log
 from steerscope.hub.auth.files import refresh_often
 from steerscope.hub.auth.gate import guard
@@ -40,11 +40,15 @@ from steerscope.hub.auth.tls import Certificates
 from steerscope.hub.control import ControlPlane
 from steerscope.hub.engines import EnginePlane
 from steerscope.hub.fanin import FanIn
+from steerscope.hub.governance import Governance, note_overridden
 from steerscope.hub.http import application
 from steerscope.hub.live import LiveSteering
 from steerscope.hub.policy_store import PolicyStore
-from steerscope.hub.services import CatalogService, SteeringService, TelemetryService
+from steerscope.hub.rule_store import RuleStore
+from steerscope.hub.services import CatalogService, SteeringService
 from steerscope.hub.storage import storage_for
+from steerscope.hub.telemetry_service import TelemetryService
+from steerscope.hub.watches.listening import Watches
 from steerscope.security import is_loopback
 from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
@@ -101,8 +105,8 @@ class Hub:
             settings.hub.max_policies,
         )
         totals = HubTotals()
-        self._announcements = Announcements()
         self._asked = AskedLog(settings.hub.max_reports)
+        self._watches = Watches(self._catalog, self._asked, settings.model_match)
         self._auditor = Auditor(open_log(settings.audit), self._catalog, self._asked)
         self._auditor.config_loaded(settings)
         self._guard.gate.denied = self._auditor.denied
@@ -116,8 +120,9 @@ class Hub:
             limits,
             instruments.bounds_for(self._catalog.signals),
             totals,
-            Audited(self._announcements, self._auditor),
+            Audited(self._watches, self._auditor),
             self._store.label,
+            self._watches.computed,
         )
         self._registry = CollectorRegistry()
         self._registry.register(
@@ -129,10 +134,26 @@ class Hub:
                 settings.model_match,
             )
         )
+        self._store.expired = self._auditor.policy_expired
+        rules = RuleStore(self._store, settings.rules, settings.steering)
         self._control = ControlPlane(
-            endpoint, self._catalog.digest, self._store, totals, self._asked, self._auditor
+            endpoint, self._catalog.digest, self._store, rules, totals, self._asked, self._auditor
         )
-        self._engines = EnginePlane(endpoint, self._catalog.digest)
+        self._engines = EnginePlane(
+            endpoint,
+            self._catalog.digest,
+            functools.partial(note_overridden, self._asked, self._catalog),
+        )
+        self._governance = Governance(
+            self._catalog,
+            settings.steering,
+            self._store,
+            rules,
+            self._control,
+            self._engines,
+            self._observer.ledger,
+            self._auditor,
+        )
         self._live = LiveSteering(
             self._catalog,
             settings.steering,
@@ -153,6 +174,7 @@ class Hub:
     async def serving(self) -> AsyncIterator[Ports]:
         """Serve for as long as the block lasts; raise ``HubError`` naming a port in use."""
         await self._store.state.open()
+        await self._governance.hold()
         listener = _listen("hub.http_address", self._settings.hub.http_address)
         server, grpc_port = await self._grpc_server()
         app = application(
@@ -166,7 +188,7 @@ class Hub:
         )
         loops = (
             self._control.run(),
-            self._control.keep_current(),
+            self._governance.keep_current(),
             self._engines.run(),
             self._store.state.follow(self._tell_state),
             self._fan_in.run(),
@@ -230,6 +252,7 @@ class Hub:
                 self._store,
                 self._control,
                 self._live,
+                self._governance,
                 self._auditor,
             ),
             server,
@@ -239,7 +262,7 @@ class Hub:
                 self._catalog,
                 self._observer.ledger,
                 self._asked,
-                self._announcements,
+                self._watches,
                 self._settings.model_match,
             ),
             server,

@@ -7,7 +7,7 @@ malformed reaches the store or a front end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from steerscope.api.v1 import (
@@ -15,14 +15,11 @@ from steerscope.api.v1 import (
     catalog_pb2_grpc,
     steering_pb2,
     steering_pb2_grpc,
-    telemetry_pb2,
-    telemetry_pb2_grpc,
 )
 from steerscope.catalog.model import ModelMatch
 from steerscope.catalog.store import Catalog
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
-from steerscope.hub.announcements import Announcements
 from steerscope.hub.audit.log import AuditUnavailableError
 from steerscope.hub.auditing import Auditor
 from steerscope.hub.auth.identity import (
@@ -34,23 +31,17 @@ from steerscope.hub.control import ControlPlane
 from steerscope.hub.conversions import (
     FEATURES,
     POLICIES,
-    REQUESTS,
     catalog_message,
     feature_message,
     policy_message,
-    report_message,
 )
 from steerscope.hub.drafts import Drafting, repeatable, update_fields
 from steerscope.hub.filters import feature_filter, policy_filter
+from steerscope.hub.governance import Governance
 from steerscope.hub.live import LiveSteering
 from steerscope.hub.policies import Draft, StoredPolicy
 from steerscope.hub.policy_store import PolicyStore
 from steerscope.hub.refusals import NotFoundError, page, page_after, plain_name, refusing
-from steerscope.telemetry.asked import AskedLog
-from steerscope.telemetry.requests import RequestLedger
-from steerscope.telemetry.tracks import RequestTrack
-
-MAX_WAIT_SECONDS = 30.0
 
 Done = TypeVar("Done")
 
@@ -100,10 +91,12 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
         store: PolicyStore,
         control: ControlPlane,
         live: LiveSteering,
+        governance: Governance,
         auditor: Auditor,
     ) -> None:
         self._auditor = auditor
         self._live = live
+        self._governance = governance
         self._drafting = Drafting(catalog, settings)
         self._store = store
         self._control = control
@@ -227,6 +220,18 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
     ) -> steering_pb2.ReleaseRequestResponse:
         return await self._live.release(request, context)
 
+    @refusing
+    async def GetRules(
+        self, request: steering_pb2.GetRulesRequest, context: Any
+    ) -> steering_pb2.GetRulesResponse:
+        return self._governance.get()
+
+    @refusing
+    async def UpdateRules(
+        self, request: steering_pb2.UpdateRulesRequest, context: Any
+    ) -> steering_pb2.UpdateRulesResponse:
+        return await self._governance.update(request)
+
     def _revisions(self, name: str) -> list[StoredPolicy]:
         """A policy's revisions, newest first; ``NotFoundError`` if there is no such policy."""
         revisions = self._store.revisions(name)
@@ -258,67 +263,3 @@ class SteeringService(steering_pb2_grpc.SteeringServiceServicer):
             return done
 
         return await asyncio.shield(both())
-
-
-class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
-    """What was seen."""
-
-    def __init__(
-        self,
-        catalog: Catalog,
-        ledger: RequestLedger,
-        asked: AskedLog,
-        announcements: Announcements,
-        model_match: ModelMatch,
-    ) -> None:
-        self._catalog = catalog
-        self._model_match = model_match
-        self._ledger = ledger
-        self._asked = asked
-        self._announcements = announcements
-
-    @refusing
-    async def GetRequestReport(
-        self, request: telemetry_pb2.GetRequestReportRequest, context: Any
-    ) -> telemetry_pb2.GetRequestReportResponse:
-        external_id = plain_name(request.name, REQUESTS)
-        await self._announcements.wait_for(
-            external_id, lambda: self._has_finished(external_id), _wait_seconds(request)
-        )
-        tracks = self._ledger.report(external_id)
-        if not tracks:
-            raise NotFoundError(f"no request {external_id[:80]!r} is known")
-        return telemetry_pb2.GetRequestReportResponse(report=self._report(external_id, tracks))
-
-    async def WatchRequests(
-        self, request: telemetry_pb2.WatchRequestsRequest, context: Any
-    ) -> AsyncIterator[telemetry_pb2.WatchRequestsResponse]:
-        with self._announcements.watching() as events:
-            # The headers tell the caller that it misses nothing from here on.
-            await context.send_initial_metadata(())
-            async for event in events:
-                name, track = event.track.start.external_id, event.track
-                report = self._report(name, (track,), features=False)
-                kind = "finished" if event.finished else "started"
-                if not event.finished:  # the track may have gone on since
-                    report.state = report.completions[0].state = telemetry_pb2.REQUEST_STATE_RUNNING
-                yield telemetry_pb2.WatchRequestsResponse(**{kind: report}, missed=event.missed)
-
-    def _report(
-        self, external_id: str, tracks: Sequence[RequestTrack], *, features: bool = True
-    ) -> telemetry_pb2.RequestReport:
-        asked = self._asked.digest(external_id)
-        return report_message(
-            external_id, tracks, self._catalog, asked, self._model_match, features=features
-        )
-
-    def _has_finished(self, external_id: str) -> bool:
-        tracks = self._ledger.report(external_id)
-        return bool(tracks) and all(track.finished for track in tracks)
-
-
-def _wait_seconds(request: telemetry_pb2.GetRequestReportRequest) -> float:
-    seconds = request.wait.seconds + request.wait.nanos * 1e-9
-    if seconds < 0.0:
-        raise SpecError("wait", "must not be negative")
-    return min(seconds, MAX_WAIT_SECONDS)

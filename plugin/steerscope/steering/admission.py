@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from steerscope.catalog.store import Catalog
 from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError, UnknownPolicyError
@@ -21,7 +23,8 @@ from steerscope.steering.interventions import (
     parse_spec,
     steering_digest,
 )
-from steerscope.steering.stamp import Stamp
+from steerscope.steering.rules import Rules, Ruling, SteeringSource, Traits, ruling
+from steerscope.steering.stamp import ASKED, Stamp
 
 STEERING_KEY = "steering"
 REPORT_KEY = "steerscope_report"
@@ -30,15 +33,31 @@ UNKNOWN = "unknown"
 RESERVED_NAMES = frozenset({INLINE, UNKNOWN})
 """Policy labels that stand for something else; no policy may bear them."""
 
+NO_STEERING = SteeringSpec(interventions=())
+NO_TRAITS = Traits()
+
 _OUR_PREFIX = "steer"
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The flag, resolved: which policy (or ``inline``) and what it does."""
+    """The steering that a request gets: which policy (or ``inline``) and what it does.
+
+    Without a policy it is none, since a rule says so.
+    """
 
     policy: str
     spec: SteeringSpec
+    source: SteeringSource = SteeringSource.NAMED
+    rule: str = ""
+    """The binding's name, if one decided."""
+    beaten: str = ""
+    """What the request itself asked for, if something else decided."""
+
+    @property
+    def by_request(self) -> bool:
+        """Whether the request gets what it asked for itself."""
+        return self.source in ASKED
 
 
 def check_asked(catalog: Catalog, settings: SteeringSettings, spec: SteeringSpec) -> None:
@@ -50,6 +69,13 @@ def check_asked(catalog: Catalog, settings: SteeringSettings, spec: SteeringSpec
     catalog.check(spec)
 
 
+def capped(settings: SteeringSettings, spec: SteeringSpec) -> SteeringSpec:
+    """The steering with the cap on its dose that holds: its own, or else the operator's."""
+    return SteeringSpec(
+        interventions=spec.interventions, max_dose=spec.max_dose or settings.max_dose
+    )
+
+
 class Admission:
     """Resolves flags against the catalog and the policies in force.
 
@@ -57,6 +83,7 @@ class Admission:
         catalog: the catalog being served.
         settings: limits per request.
         policies: called per request for the current snapshot, name to policy.
+        rules: called per request for those in force.
         refused: why nothing may be steered in this engine; empty where it may.
     """
 
@@ -65,15 +92,27 @@ class Admission:
         catalog: Catalog,
         settings: SteeringSettings,
         policies: Callable[[], Mapping[str, Policy]],
+        rules: Callable[[], Rules] = Rules,
         refused: str = "",
     ) -> None:
+        self._rules = rules
         self._catalog = catalog
         self._settings = settings
         self._policies = policies
         self._refused = refused
 
-    def resolve(self, extra_args: Mapping[str, Any] | None) -> Asked | None:
-        """Read the steering flag; None when there is none. Raises ``SpecError``."""
+    def resolve(
+        self, extra_args: Mapping[str, Any] | None, traits: Traits = NO_TRAITS
+    ) -> Asked | None:
+        """The steering that the request gets; None for none. Raises ``SpecError``.
+
+        A flag that is wrong is refused also where a rule beats it.
+        """
+        asked = self._asked(extra_args)
+        ruled = ruling(self._rules(), traits, asked is not None)
+        return asked if ruled is None else self._ruled(ruled, asked)
+
+    def _asked(self, extra_args: Mapping[str, Any] | None) -> Asked | None:
         extra_args = extra_args or {}
         for key in extra_args:
             if key == REPORT_KEY:
@@ -89,12 +128,29 @@ class Admission:
         except SpecError as error:
             raise error.under(STEERING_KEY) from None
 
+    def _ruled(self, ruled: Ruling, asked: Asked | None) -> Asked:
+        beaten = asked.policy if asked is not None else ""
+        if ruled.policy is None:
+            return Asked("", NO_STEERING, ruled.source, ruled.rule, beaten)
+        by = f"{ruled.source} {ruled.rule}".strip()
+        policy = self._policies().get(ruled.policy)
+        if policy is None:
+            reason = f"policy {ruled.policy!r} ({by}) is not in force, so nothing is served"
+            raise UnknownPolicyError(STEERING_KEY, reason)
+        if self._refused:
+            raise SpecError(STEERING_KEY, f"policy {ruled.policy!r} ({by}): {self._refused}")
+        check_asked(self._catalog, self._settings, policy.spec)
+        return Asked(policy.name, policy.spec, ruled.source, ruled.rule, beaten)
+
     def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> Stamp:
         """The stamp for a request of that length. Raises ``SpecError`` past the row limit."""
         if asked is None:
             return Stamp(external_id)
-        edits = asked.spec.interventions
-        max_dose = asked.spec.max_dose or self._settings.max_dose
+        spec = capped(self._settings, asked.spec)
+        edits, max_dose = spec.interventions, spec.max_dose
+        bare = Stamp(external_id, source=asked.source, rule=asked.rule, asked=asked.beaten)
+        if not edits:
+            return bare
         parts = segments.build(self._catalog.digest, edits, num_prompt_tokens, max_dose)
         distinct = len({part.digest for part in parts})
         if distinct > self._settings.max_rows_per_request:
@@ -104,7 +160,14 @@ class Admission:
                 f"at most {self._settings.max_rows_per_request} are allowed",
             )
         digest = steering_digest(self._catalog.digest, edits, max_dose)
-        return Stamp(external_id, asked.policy, digest, edits, parts, max_dose)
+        return msgspec.structs.replace(
+            bare,
+            policy=asked.policy,
+            digest=digest,
+            interventions=edits,
+            segments=parts,
+            max_dose=max_dose,
+        )
 
     def _resolve(self, flag: object) -> Asked:
         if not isinstance(flag, str):
@@ -118,7 +181,7 @@ class Admission:
     def _inline(self, text: str) -> Asked:
         if self._settings.allow_inline is False:
             raise SpecError("", "inline steering is off (steering.allow_inline); name a policy")
-        return Asked(INLINE, parse_spec(text))
+        return Asked(INLINE, parse_spec(text), SteeringSource.INLINE)
 
     def _named(self, name: str) -> Asked:
         policy = self._policies().get(name)

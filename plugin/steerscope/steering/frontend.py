@@ -1,4 +1,4 @@
-"""The front end's half: admission wired to the hub's policies. One per vLLM front end."""
+"""The front end's half: admission wired to the hub's policies and rules. One per vLLM front end."""
 
 from __future__ import annotations
 
@@ -8,27 +8,64 @@ from typing import Any
 from steerscope.catalog.store import Catalog
 from steerscope.config import Settings
 from steerscope.errors import SpecError
+from steerscope.hub.auth.denials import AccessError
+from steerscope.hub.auth.identity import authorise_spec, authorise_use
 from steerscope.hub.link import FrontendLink
-from steerscope.steering.admission import STEERING_KEY, UNKNOWN, Admission, Asked
+from steerscope.security import Identity, Scope
+from steerscope.steering.admission import INLINE, STEERING_KEY, UNKNOWN, Admission, Asked
+from steerscope.steering.callers import Callers
+from steerscope.steering.headers import Headers
 from steerscope.steering.stamp import encode
 
 
 class FrontEnd:
-    """Admits requests, and tells the hub which were steered and which refused."""
+    """Admits requests, and tells the hub which were steered and which refused.
+
+    Args:
+        catalog: the catalog being served.
+        settings: the whole tree.
+        link: to the hub.
+        model: the served model's name.
+        refused: why nothing may be steered in this engine; empty where it may.
+    """
 
     def __init__(
-        self, catalog: Catalog, settings: Settings, link: FrontendLink, refused: str = ""
+        self,
+        catalog: Catalog,
+        settings: Settings,
+        link: FrontendLink,
+        model: str = "",
+        refused: str = "",
     ) -> None:
         self._link = link
-        self._admission = Admission(catalog, settings.steering, lambda: link.policies, refused)
+        self._requires_identity = settings.steering.require_identity
+        self._callers = Callers(settings, model)
+        self._admission = Admission(
+            catalog,
+            settings.steering,
+            lambda: link.policies,
+            lambda: link.rules,
+            refused,
+        )
 
-    def resolve(self, external_id: str, extra_args: Mapping[str, Any] | None) -> Asked | None:
-        """The steering asked for, or None. A refusal is counted, then raised."""
+    def resolve(
+        self,
+        external_id: str,
+        extra_args: Mapping[str, Any] | None,
+        headers: Headers = (),
+        lora: str = "",
+    ) -> Asked | None:
+        """The steering that the request gets, or None. A refusal is counted, then raised."""
+        identity = self._callers.identity(headers)
+        traits = self._callers.traits(headers, identity, lora)
         try:
-            return self._admission.resolve(extra_args)
+            asked = self._admission.resolve(extra_args, traits)
+            if asked is not None and asked.by_request:
+                self._authorise(asked, identity)
         except SpecError as error:
             self.rejected(external_id, (extra_args or {}).get(STEERING_KEY), error)
             raise
+        return asked
 
     def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> bytes:
         """The bytes that travel with the request. A refusal is counted, then raised."""
@@ -38,10 +75,26 @@ class FrontEnd:
             self.rejected(external_id, asked.policy if asked else None, error)
             raise
         if asked is not None:
-            self._link.admitted(external_id, made.policy, made.digest)
+            self._link.admitted(external_id, made.policy, made.digest, asked.beaten)
         return encode(made)
 
     def rejected(self, external_id: str, flag: object, error: SpecError) -> None:
         """Count a refusal under the policy's name if there is such a policy."""
         policy = flag if isinstance(flag, str) and flag in self._link.policies else UNKNOWN
         self._link.rejected(external_id, policy, error.field, error.reason)
+
+    def _authorise(self, asked: Asked, identity: Identity | None) -> None:
+        """What someone who is known asks for must be allowed to them; others by the settings."""
+        if identity is None:
+            if self._requires_identity:
+                raise SpecError(STEERING_KEY, "needs a bearer token (steering.require_identity)")
+            return
+        try:
+            if Scope.STEER not in identity.granted:
+                raise SpecError(STEERING_KEY, f"{identity.name} has not the scope steer")
+            if asked.policy == INLINE:
+                authorise_spec(identity, asked.spec)
+            else:
+                authorise_use(identity, asked.policy, asked.spec)
+        except AccessError as error:
+            raise SpecError(STEERING_KEY, str(error)) from None

@@ -12,9 +12,12 @@ import msgspec
 
 from steerscope.steering import segments
 from steerscope.steering.interventions import Intervention, SteeringSpec, steering_digest
+from steerscope.steering.rules import SteeringSource
 from steerscope.steering.segments import Segment
 
 STAMP_KEY = "steerscope"
+
+ASKED = (SteeringSource.INLINE, SteeringSource.NAMED)
 
 
 class Stamp(msgspec.Struct, frozen=True, array_like=True):
@@ -31,6 +34,12 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
     """The position from which the current steering holds; above 0 it was changed in flight."""
     num_past: int = 0
     """How many of ``interventions`` are past steering, which only earlier segments use."""
+    source: SteeringSource = SteeringSource.NOTHING
+    """What decided the current steering."""
+    rule: str = ""
+    """The binding's name, if one decided."""
+    asked: str = ""
+    """What the request itself asked for, a policy's name or ``inline``, if that was beaten."""
 
     @property
     def current(self) -> tuple[Intervention, ...]:
@@ -44,6 +53,7 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
         spec: SteeringSpec,
         catalog_digest: str,
         num_prompt_tokens: int,
+        source: SteeringSource = SteeringSource.ORDERED,
     ) -> Stamp:
         """The stamp once ``spec`` holds from ``position`` on; no edits release the request."""
         edits, max_dose = spec.interventions, spec.max_dose
@@ -57,6 +67,8 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
             max_dose,
             position,
             len(self.interventions),
+            source,
+            asked=self.policy if self.source in ASKED else self.asked,
         )
 
 

@@ -14,7 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-FRAME_VERSION = 2
+from steerscope.steering.rules import SteeringSource
+
+FRAME_VERSION = 3
 MAX_POSITION = 1 << 24
 """Positions from here on are taken for damage; no served context is that long."""
 
@@ -64,6 +66,12 @@ class RequestStart(msgspec.Struct, frozen=True, array_like=True):
     cached: CachedActivations | None = None
     num_external: int = 0
     """How many of the tokens before ``first_position`` have KV from another engine or store."""
+    source: SteeringSource = SteeringSource.NOTHING
+    """What decided the steering."""
+    rule: str = ""
+    """The binding's name, if one decided."""
+    asked: str = ""
+    """What the request asked for itself, if something else decided."""
 
 
 class RequestEnd(msgspec.Struct, frozen=True, array_like=True):
@@ -81,6 +89,8 @@ class SteeringChange(msgspec.Struct, frozen=True, array_like=True):
     policy: str
     digest: str
     interventions: bytes
+    source: SteeringSource = SteeringSource.NOTHING
+    asked: str = ""
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):

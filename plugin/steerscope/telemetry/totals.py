@@ -30,6 +30,8 @@ class Outcome(enum.StrEnum):
     ADMITTED = "admitted"
     REJECTED = "rejected"
     APPLIED = "applied"
+    OVERRULED = "overruled"
+    """A rule beat what the request asked for, this policy; another one may count as admitted."""
 
 
 class FrameLoss(enum.StrEnum):
@@ -90,6 +92,8 @@ class EngineTotals:
         self.lag = HistogramArray(bounds.lag, 1)
         self.overhead = HistogramArray(bounds.overhead, 1)
         self.frames = 0
+        self.last_seen_ns = 0
+        """When the newest frame that counted came, on the clock of ``receive``."""
         self.frames_lost: Counter[FrameLoss] = Counter()
         self.applied: Counter[str] = Counter()
         self._workers: dict[int, _Worker] = {}
@@ -99,6 +103,7 @@ class EngineTotals:
     def receive(self, frame: Frame, now_ns: int) -> None:
         """Count the frame itself: its delay, its cost, what its worker lost before it."""
         self.frames += 1
+        self.last_seen_ns = now_ns
         self.lag.observe_one(0, max(now_ns - frame.monotonic_ns, 0) * 1e-9)
         self.overhead.observe_one(0, frame.overhead_ns * 1e-9)
         worker = self._workers.setdefault(frame.rank, _Worker())

@@ -15,7 +15,7 @@ import numpy as np
 
 from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
-from steerscope.telemetry.frames import RequestStart, SteeringChange
+from steerscope.telemetry.frames import MAX_POSITION, RequestStart, SteeringChange
 from steerscope.telemetry.steered import SteeredTokens
 
 
@@ -59,11 +59,25 @@ class Added:
     """Now seen at every site, and not so before."""
 
 
+@dataclass(slots=True)
+class Pass:
+    """Tokens that came one after the other at some sites, from ``first`` to before ``stop``.
+
+    Only the newest pass of its sites grows. A sequence that was preempted is computed again
+    from an earlier token on, which is a pass of its own.
+    """
+
+    sites: slice
+    first: int
+    stop: int
+
+
 class RequestTrack:
     """One sequence of one engine.
 
     ``end`` is one past the last position known to have been computed; ``tail_lost`` says
-    that frames were dropped after it, so that there may have been more.
+    that frames were dropped after it, so that there may have been more. ``passes`` say in
+    which order tokens came; ``serial`` tells the tracks of one ledger apart, for good.
     """
 
     def __init__(
@@ -76,8 +90,11 @@ class RequestTrack:
         self.updated_at = now
         self.finished = False
         self.tail_lost = False
+        self.serial = 0
+        self.passes: list[Pass] = []
         self.scores: tuple[Score, ...] = ()
         self.policy, self.digest, self.changed_at = start.policy, start.digest, 0
+        self.source, self.rule, self.asked = start.source, start.rule, start.asked
         self.steered = SteeredTokens(len(columns.features), limit)
         self.interventions = _interventions(start.interventions)
         self._limit = limit
@@ -92,6 +109,7 @@ class RequestTrack:
         self._seen_NS = grown(self._seen_NS, stop)
         self._acts_NF = grown(self._acts_NF, min(stop, self._limit))
         self.end = max(self.end, stop)
+        self._note_pass(block.sites, position, stop)
         seen_nS = self._seen_NS[position:stop]
         fresh = ~seen_nS[:, block.sites.start]
         missing = ~seen_nS.all(axis=1)
@@ -142,6 +160,7 @@ class RequestTrack:
     def change(self, change: SteeringChange) -> None:
         """Steering changed in flight; the receipt keeps what held before, too."""
         self.policy, self.digest, self.changed_at = change.policy, change.digest, change.position
+        self.source, self.rule, self.asked = change.source, "", change.asked
         self.interventions = (*self.interventions, *_interventions(change.interventions))
 
     @property
@@ -159,13 +178,15 @@ class RequestTrack:
         """Every token so far was observed and kept, and none can have followed unseen."""
         return self.end > 0 and not self.tail_lost and not self.unobserved()
 
-    def runs(self, feature: str) -> list[tuple[int, FloatArray, FloatArray | None]]:
+    def runs(
+        self, feature: str, start: int = 0, stop: int = MAX_POSITION
+    ) -> list[tuple[int, FloatArray, FloatArray | None]]:
         """Adjacent kept positions as (first position, activations, deltas if any was changed)."""
         column = self.columns.index[feature]
-        kept = min(self.end, len(self._acts_NF), self._limit)
-        seen = np.zeros(kept + 2, np.int8)
-        seen[1:-1] = self._seen_NS[:kept, self.columns.site_of[column]]
-        edges = np.flatnonzero(np.diff(seen)).tolist()
+        kept = min(self.end, len(self._acts_NF), self._limit, stop)
+        seen = np.zeros(max(kept - start, 0) + 2, np.int8)
+        seen[1:-1] = self._seen_NS[start:kept, self.columns.site_of[column]]
+        edges = (start + np.flatnonzero(np.diff(seen))).tolist()
         return [
             (first, self._acts_NF[first:last, column], self.steered.deltas(first, last, column))
             for first, last in zip(edges[::2], edges[1::2], strict=True)
@@ -181,6 +202,13 @@ class RequestTrack:
         self._acts_NF = self._acts_NF[: min(self.end, self._limit)].copy()
         self._beyond_NC = self._beyond_NC[:0].copy()
         self._seen_NS = self._seen_NS[: self.end].copy()
+
+    def _note_pass(self, sites: slice, position: int, stop: int) -> None:
+        newest = next((p for p in reversed(self.passes) if p.sites == sites), None)
+        if newest is not None and newest.stop <= position:
+            newest.stop = stop
+        elif position < stop:
+            self.passes.append(Pass(sites, position, stop))
 
     def _mark_finite(self, block: Block, first: int, last: int, position: int) -> BoolArray:
         finite = np.ones(last - first, np.bool_)

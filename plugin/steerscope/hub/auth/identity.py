@@ -51,10 +51,10 @@ def authorise_policy(identity: Identity, policy: Policy) -> None:
     _authorise_dose(identity, policy.max_dose)
 
 
-def authorise_use(identity: Identity, policy: Policy) -> None:
+def authorise_use(identity: Identity, name: str, spec: SteeringSpec) -> None:
     """May they steer by this stored policy: its name, how much? Its features are its author's."""
-    authorise_policy_name(identity, policy.name)
-    _authorise_dose(identity, policy.max_dose)
+    authorise_policy_name(identity, name)
+    _authorise_dose(identity, spec.max_dose)
 
 
 def authorise_spec(identity: Identity, spec: SteeringSpec) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from steerscope.errors import HubError
 from steerscope.steering.interventions import Policy
+from steerscope.steering.rules import Rules
 
 REQUEST_SECONDS = 3600
 """How long the answer to a ``request_id`` is kept."""
@@ -64,6 +65,14 @@ class Document(_Kept, frozen=True):
         return self.revisions[0].policy.name
 
 
+class RulesDocument(_Kept, frozen=True):
+    """The rules as they were stored last."""
+
+    rules: Rules
+    update_time: int
+    """Microseconds since 1970, UTC."""
+
+
 class Answered(_Kept, frozen=True):
     """What a request with a ``request_id`` asked (as a digest), and what it got."""
 
@@ -82,6 +91,8 @@ class Snapshot(_Kept, frozen=True):
 
     mark: str
     documents: Mapping[str, Document]
+    rules: RulesDocument | None = None
+    """None until they are stored for the first time."""
 
     @property
     def revision(self) -> int:
@@ -96,6 +107,8 @@ class Change(_Kept, frozen=True):
     put: tuple[Document, ...] = ()
     drop: tuple[str, ...] = ()
     answered: Answered | None = None
+    rules: RulesDocument | None = None
+    """None leaves them as they are."""
 
     def on(self, base: Snapshot) -> Snapshot:
         """The state after this."""
@@ -103,7 +116,11 @@ class Change(_Kept, frozen=True):
         for name in self.drop:
             documents.pop(name, None)
         documents.update((document.name, document) for document in self.put)
-        return Snapshot(mark=self.mark, documents=MappingProxyType(documents))
+        return Snapshot(
+            mark=self.mark,
+            documents=MappingProxyType(documents),
+            rules=base.rules if self.rules is None else self.rules,
+        )
 
 
 EMPTY = Snapshot(mark="1:", documents=MappingProxyType({}))
@@ -149,7 +166,7 @@ def number(mark: str) -> int:
     return int(digits)
 
 
-def encode(kept: Document | Answered) -> bytes:
+def encode(kept: Document | RulesDocument | Answered) -> bytes:
     """As JSON."""
     return msgspec.json.encode(kept)
 
@@ -163,6 +180,14 @@ def decode_document(name: str, payload: bytes, place: str) -> Document:
     if not document.revisions or any(r.policy.name != name for r in document.revisions):
         raise StateError(f"{place}: what is kept as policy {name[:80]!r} is another one")
     return document
+
+
+def decode_rules(payload: bytes, place: str) -> RulesDocument:
+    """The rules as stored; ``StateError`` if they are not that."""
+    try:
+        return msgspec.json.decode(payload, type=RulesDocument)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StateError(f"{place}: the rules cannot be read: {error}") from None
 
 
 def decode_answered(payload: bytes, place: str) -> Answered:

@@ -1,8 +1,8 @@
 """State in Redis, shared by the hubs of a fleet.
 
-Keys, all under the deployment's prefix: ``:format`` and ``:mark`` (strings), ``:policies``,
-``:answers`` (hashes) and ``:answer_times`` (a sorted set); ``:changed`` is a channel. A change is
-one script, which does nothing unless the mark is still the one it was made for.
+Keys, all under the deployment's prefix: ``:format``, ``:mark`` and ``:rules`` (strings),
+``:policies``, ``:answers`` (hashes) and ``:answer_times`` (a sorted set); ``:changed`` is a
+channel. A change is one script, which does nothing unless the mark is still the one it was made for.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ from steerscope.hub.storage.documents import (
     StateError,
     decode_answered,
     decode_document,
+    decode_rules,
     encode,
     number,
 )
 
-FORMAT = "1"
+FORMAT = "2"
+READABLE = ("1", FORMAT)
+"""The first one had no rules; a hub that knows only that must not take over any more."""
 TIMEOUT_SECONDS = 2.0
 """For connecting, and for any answer."""
 
@@ -46,7 +49,8 @@ local prefix, base, mark, default = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
 if (redis.call('GET', prefix .. ':mark') or default) ~= base then return 0 end
 redis.call('SET', prefix .. ':format', ARGV[4])
 local num_drop, num_put = tonumber(ARGV[5]), tonumber(ARGV[6])
-local at = 7
+if ARGV[7] ~= '' then redis.call('SET', prefix .. ':rules', ARGV[7]) end
+local at = 8
 for i = 1, num_drop do redis.call('HDEL', prefix .. ':policies', ARGV[at]); at = at + 1 end
 for i = 1, num_put do
   redis.call('HSET', prefix .. ':policies', ARGV[at], ARGV[at + 1]); at = at + 2
@@ -109,18 +113,24 @@ class RedisStorage:
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.get(self._key("mark"))
                 pipe.hgetall(self._key("policies"))
-                kept, policies = await self._answer(pipe.execute())
+                pipe.get(self._key("rules"))
+                kept, policies, rules = await self._answer(pipe.execute())
         mark = _text(kept) or EMPTY.mark
         number(mark)
         documents = {}
         for key, payload in policies.items():
             name = _text(key)
             documents[name] = decode_document(name, payload, self.place)
-        return Snapshot(mark=mark, documents=MappingProxyType(documents))
+        return Snapshot(
+            mark=mark,
+            documents=MappingProxyType(documents),
+            rules=None if rules is None else decode_rules(rules, self.place),
+        )
 
     async def commit(self, base: Snapshot, change: Change) -> None:
         arguments: list[bytes | str | int] = [base.mark, change.mark, EMPTY.mark, FORMAT]
-        arguments += [len(change.drop), len(change.put), *change.drop]
+        arguments += [len(change.drop), len(change.put)]
+        arguments += ["" if change.rules is None else encode(change.rules), *change.drop]
         for document in change.put:
             arguments += [document.name, encode(document)]
         if (answer := change.answered) is not None:
@@ -160,7 +170,7 @@ class RedisStorage:
         with self._told():
             asked = self._redis.mget(self._key("format"), self._key("mark"))
             kept, mark = await self._answer(asked)
-        if kept is not None and _text(kept) != FORMAT:
+        if kept is not None and _text(kept) not in READABLE:
             raise StateError(
                 f"{self.place}: format {_text(kept)[:20]!r} is of another Steerscope "
                 f"(this one knows {FORMAT!r})"

@@ -25,11 +25,13 @@ from steerscope.hub.storage.documents import (
     REQUEST_SECONDS,
     Answered,
     Change,
+    RulesDocument,
     Snapshot,
     StaleStateError,
     StateError,
     decode_answered,
     decode_document,
+    decode_rules,
     encode,
     number,
 )
@@ -47,6 +49,11 @@ MIGRATIONS = (
         request_id TEXT PRIMARY KEY, at INTEGER NOT NULL, answer BLOB NOT NULL
     ) WITHOUT ROWID;
     CREATE INDEX answers_by_time ON answers (at);
+    """,
+    """
+    CREATE TABLE rules (
+        id INTEGER PRIMARY KEY CHECK (id = 1), document BLOB NOT NULL, sha256 BLOB NOT NULL
+    );
     """,
 )
 """Step ``i`` leads from schema version ``i`` to ``i + 1``. Only ever append."""
@@ -165,10 +172,21 @@ class SqliteStorage:
         rows = self._file.execute("SELECT name, document, sha256 FROM policies")
         documents = {}
         for name, payload, digest in rows:
-            if not isinstance(payload, bytes) or hashlib.sha256(payload).digest() != digest:
-                raise StateError(f"{self.place}: policy {name!r:.80} is damaged")
+            self._check_whole(payload, digest, f"policy {name!r:.80} is")
             documents[name] = decode_document(name, payload, self.place)
-        return Snapshot(mark=mark, documents=MappingProxyType(documents))
+        return Snapshot(mark=mark, documents=MappingProxyType(documents), rules=self._rules())
+
+    def _rules(self) -> RulesDocument | None:
+        row = self._file.execute("SELECT document, sha256 FROM rules").fetchone()
+        if row is None:
+            return None
+        payload, digest = row
+        self._check_whole(payload, digest, "the rules are")
+        return decode_rules(payload, self.place)
+
+    def _check_whole(self, payload: object, digest: object, what: str) -> None:
+        if not isinstance(payload, bytes) or hashlib.sha256(payload).digest() != digest:
+            raise StateError(f"{self.place}: {what} damaged")
 
     def _mark(self) -> str:
         rows = self._file.execute("SELECT mark FROM state").fetchall()
@@ -187,8 +205,12 @@ class SqliteStorage:
             file.executemany("DELETE FROM policies WHERE name = ?", [(n,) for n in change.drop])
             for document in change.put:
                 payload = encode(document)
-                row = (document.name, payload, hashlib.sha256(payload).digest())
-                file.execute("INSERT OR REPLACE INTO policies VALUES (?, ?, ?)", row)
+                named = (document.name, payload, hashlib.sha256(payload).digest())
+                file.execute("INSERT OR REPLACE INTO policies VALUES (?, ?, ?)", named)
+            if change.rules is not None:
+                payload = encode(change.rules)
+                row = (payload, hashlib.sha256(payload).digest())
+                file.execute("INSERT OR REPLACE INTO rules VALUES (1, ?, ?)", row)
             if (answer := change.answered) is not None:
                 self._keep(file, answer)
 

@@ -42,6 +42,8 @@ class SharedState:
         self.snapshot: Snapshot = EMPTY
         self.trouble = ""
         """Why the storage cannot be read; empty while it can."""
+        self.is_known = False
+        """Whether the storage was ever read."""
         self._storage = storage
         self._tell = adopt
         self._lock = asyncio.Lock()
@@ -138,6 +140,7 @@ class SharedState:
             mark=next_mark(self.snapshot.revision + 1),
             put=tuple(kept.values()),
             drop=tuple(found.documents.keys() - kept.keys()),
+            rules=self.snapshot.rules,
         )
         await self._storage.commit(found, change)
         return change.on(found)
@@ -145,3 +148,4 @@ class SharedState:
     def _adopt(self, snapshot: Snapshot) -> None:
         self._tell(snapshot)
         self.snapshot = snapshot
+        self.is_known = True
