@@ -151,7 +151,8 @@ class Engine:
     def __init__(self, world: World, name: str, **kwargs: Any) -> None:
         config = world.config(name)
         self.process = EngineProcess(world.model, config, world.folder / f"{name}.log", **kwargs)
-        self.client = Client(json.loads(config.read_text())["hub"]["grpc_address"])
+        self.grpc_address = json.loads(config.read_text())["hub"]["grpc_address"]
+        self.client = Client(self.grpc_address)
         document = yaml.safe_load((world.catalog / "catalog.yaml").read_text())
         self.features = {f["name"]: i for i, f in enumerate(document["features"])}
         self.spread_F = np.array([f["evidence"]["spread"] for f in document["features"]])

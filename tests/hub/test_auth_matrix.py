@@ -13,6 +13,7 @@ CHANGES = {
     "DeletePolicy": "steer",
     "SteerRequest": "steer",
     "ReleaseRequest": "steer",
+    "UpdateRules": "admin",
 }
 """What RPCs that change something require; a new one is to be thought about, and put here."""
 READING = ("Get", "List", "Watch", "ServerReflectionInfo")

@@ -98,11 +98,15 @@ def running(
     extra_arguments: tuple[str, ...] = (),
     with_steerscope: bool = True,
     environment: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[DemoServer]:
-    """Start the server with its logs in ``folder``, wait until it answers, stop it at the end."""
+    """Start the server with its logs in ``folder``, wait until it answers, stop it at the end.
+
+    ``settings`` are trees of Steerscope's config beside the demo's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     http_port, grpc_port, metrics_port = free_ports(3)
-    config = _write_config(folder / "steerscope.yaml", grpc_port, metrics_port)
+    config = _write_config(folder / "steerscope.yaml", grpc_port, metrics_port, settings or {})
     variables = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1", **(environment or {})}
     variables.pop(CONFIG_ENV, None)
     if with_steerscope:
@@ -140,8 +144,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _write_config(path: Path, grpc_port: int, metrics_port: int) -> Path:
+def _write_config(
+    path: Path, grpc_port: int, metrics_port: int, settings: Mapping[str, Any]
+) -> Path:
     tree = {
+        **settings,
         "catalog": str(CATALOG_DIR),
         "hub": {
             "grpc_address": f"127.0.0.1:{grpc_port}",
