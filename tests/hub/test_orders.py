@@ -8,6 +8,7 @@ from steerscope.engine.orders import EngineLink, Limits, OrderBook
 from steerscope.engine.scheduling import SchedulerSide
 from steerscope.hub.engines import EnginePlane
 from steerscope.steering.interventions import Intervention, SteeringSpec
+from steerscope.steering.rules import OverrideMode, SteeringSource
 from steerscope.steering.stamp import Stamp, decode
 
 pytestmark = pytest.mark.timeout(60)
@@ -191,6 +192,54 @@ def test_what_an_engine_cannot_do_exactly_is_declined_with_its_reason(endpoint, 
     core, told = run(body())
     assert told.declined == {"r-1": reason}
     assert core.requests["r-1"].stamp == Stamp("r")
+
+
+@pytest.mark.parametrize("over_bound", [False, True])
+def test_a_bound_request_is_only_steered_by_who_may_beat_its_rule(endpoint, over_bound):
+    async def body():
+        core = Core(endpoint)
+        core.requests["r-1"] = Running("r", 12)
+        bound = Stamp("r", source=SteeringSource.BOUND, rule="team")
+        core.requests["r-1"].stamp = bound
+        plane, tasks = await serving(endpoint, core)
+        await present(plane, 1)
+        told = await plane.steer(
+            "r", "p", SPEC, ttl_seconds=5, num_running=1, wait_seconds=5, over_bound=over_bound
+        )
+        for task in tasks:
+            task.cancel()
+        plane.close()
+        return core.requests["r-1"].stamp == bound, told
+
+    is_untouched, told = run(body())
+    assert is_untouched != over_bound
+    if over_bound:
+        assert told.applied == {"r-1": 12}
+    else:
+        assert told.declined == {
+            "r-1": "the request is bound by the rule 'team', which takes the scope admin"
+        }
+
+
+def test_an_override_that_an_engine_cannot_keep_for_a_request_is_told_once(endpoint):
+    async def body():
+        core = Core(endpoint, max_rows=0)
+        core.requests["r-1"] = Running("r", 12)
+        plane, tasks = await serving(endpoint, core)
+        await present(plane, 1)
+        held = await plane.hold(OverrideMode.FORCE, "p", SPEC, running=["r-1"])
+        await asyncio.sleep(0.1)
+        assert not core.link._answers
+        off = await plane.hold(OverrideMode.OFF)
+        for task in tasks:
+            task.cancel()
+        plane.close()
+        return core, held, off
+
+    core, held, off = run(body())
+    assert list(held.declined) == ["r-1"]
+    assert core.requests["r-1"].stamp == Stamp("r")
+    assert not off.declined
 
 
 def test_an_engine_with_another_catalog_gets_no_orders(endpoint):

@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from hub_world import eventually
+from steerscope.api.v1 import steering_pb2, steering_pb2_grpc
 from steerscope.api.v1 import steering_pb2 as pb
 from steerscope.catalog import store
 from steerscope.client import Client
@@ -113,6 +114,15 @@ class Replica:
     def in_force(self):
         """What a request may name there."""
         return set(self._link.policies) - {"force-known"}
+
+    @property
+    def rules(self):
+        return self._link.rules
+
+    def put_rules(self, **rules):
+        with grpc.insecure_channel(f"127.0.0.1:{self.hub.grpc_port}") as channel:
+            stub = steering_pb2_grpc.SteeringServiceStub(channel)
+            stub.UpdateRules(steering_pb2.UpdateRulesRequest(rules=rules), timeout=10)
 
     def health(self):
         with grpc.insecure_channel(f"127.0.0.1:{self.hub.grpc_port}") as channel:
@@ -384,6 +394,17 @@ def test_a_policy_that_cannot_be_read_leaves_the_last_state_in_force(pair):
     _, reason, told = refusal(lambda: one.client.delete_policy("good"))
     assert reason == "STATE_UNAVAILABLE"
     assert "policy 'good' cannot be read" in told
+
+
+def test_the_kill_switch_of_one_replica_governs_all_within_a_second(durable, sharing, replica_of):
+    one, two = replica_of(sharing(durable)), replica_of(sharing(durable))
+    one.put_rules(default_policy="policies/force-known", override={"mode": 1})
+    began = time.monotonic()
+    eventually(lambda: two.rules.override is not None, 5)
+    assert time.monotonic() - began < 1.0
+    assert two.rules.default_policy == "force-known"
+    three = replica_of(sharing(durable))
+    assert three.rules == two.rules
 
 
 def test_a_state_of_another_format_is_refused_at_start(durable, sharing):

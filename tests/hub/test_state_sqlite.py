@@ -18,6 +18,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import load_file, save_file
 from steerscope.api.v1 import steering_pb2 as pb
+from steerscope.api.v1 import steering_pb2_grpc
 from steerscope.catalog import store
 from steerscope.client import Client
 from steerscope.config import Settings, StateSettings, from_tree
@@ -27,6 +28,7 @@ from steerscope.hub.link import FrontendLink
 from steerscope.hub.server import STATE_SERVICE
 from steerscope.hub.storage import sqlite
 from steerscope.steering.interventions import Intervention, Policy
+from steerscope.steering.rules import Override, OverrideMode
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,6 +54,12 @@ def running(settings):
 def kill(hub):
     hub.process.kill()
     hub.process.wait()
+
+
+def put_rules(hub, **rules):
+    with grpc.insecure_channel(f"127.0.0.1:{hub.grpc_port}") as channel:
+        stub = steering_pb2_grpc.SteeringServiceStub(channel)
+        stub.UpdateRules(pb.UpdateRulesRequest(rules=rules), timeout=10)
 
 
 def with_catalog(settings, folder):
@@ -102,6 +110,30 @@ def test_no_acknowledged_change_is_lost_when_the_hub_is_killed_while_it_writes(k
     assert len(acknowledged) > 40
     assert all(found[policy.name] == policy for policy in acknowledged)
     assert len(found) <= len(acknowledged) + 5  # in each round one was stored, not answered
+
+
+def test_rules_and_the_kill_switch_outlive_a_killed_hub(kept, catalog):
+    with running(kept) as (hub, client):
+        client.create_policy("lasting", [CLAMP])
+        put_rules(hub, default_policy="policies/lasting", override={"mode": 1, "reason": "why"})
+        kill(hub)
+    with running(kept) as (hub, client):
+        link = FrontendLink(hub.endpoint, catalog.digest)
+        link.start()
+        try:
+            assert link.rules.default_policy == "lasting"
+            assert link.rules.override == Override(mode=OverrideMode.OFF, reason="why")
+        finally:
+            link.close()
+
+
+def test_rules_whose_bytes_changed_are_named(kept):
+    with running(kept) as (hub, _):
+        put_rules(hub, override={"mode": 1})
+    with contextlib.closing(sqlite3.connect(kept.state.sqlite)) as file, file:
+        file.execute("UPDATE rules SET document = replace(document, 'off', 'OFF')")
+    with pytest.raises(HubError, match=r"state\.db: the rules are damaged"):
+        launcher.start_hub(kept)
 
 
 def test_an_expired_policy_does_not_come_back_with_the_hub(kept):
