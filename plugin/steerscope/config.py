@@ -10,21 +10,23 @@ The file named by ``STEERSCOPE_CONFIG``, or the same tree under
       grpc_address: 127.0.0.1:50051
       http_address: 127.0.0.1:9464
     security: {}                    # who may do what; see security.py
-    state: {sqlite: state.db}       # or redis; relative to the file; absent means memory
+    state: {sqlite: state.db}       # or redis; relative to the file; absent: this launch only
+    otel: {endpoint: "http://127.0.0.1:4317"}   # a collector to send to; absent: none
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
-import yaml
 
 from steerscope import security as access
+from steerscope import yamltext
 from steerscope.catalog.model import ModelMatch
 from steerscope.errors import ConfigError, HubError
 from steerscope.steering.interventions import MAX_INTERVENTIONS, Policy
@@ -34,10 +36,17 @@ CONFIG_ENV = "STEERSCOPE_CONFIG"
 HUB_ENDPOINT_ENV = "STEERSCOPE_HUB_ENDPOINT"
 """Set by the launcher for its children: the folder of the running hub's sockets."""
 
+ADDRESS_ENV = "STEERSCOPE_ADDRESS"
+TOKEN_ENV = "STEERSCOPE_TOKEN"
+"""For the command line only: the hub to talk to, and the token to show it."""
+
 ADDITIONAL_CONFIG_KEY = "steerscope"
 
-Address = Annotated[str, msgspec.Meta(pattern=r"^.+:\d{1,5}$")]
+_HEADER = re.compile(r"[A-Za-z0-9._-]{1,128}=[\x20-\x7e]{1,8192}")
+
+Address = Annotated[str, msgspec.Meta(pattern=r"^.+:\d{1,5}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+_ResourceKey = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_.]{0,127}$")]
 
 
 class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,7 +60,7 @@ class HubSettings(_Settings, frozen=True):
     http_address: Address = "127.0.0.1:9464"
     max_policies: Positive = 1000
     max_reports: Positive = 10_000
-    report_ttl_seconds: float = 600.0
+    report_ttl_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 600.0
     max_tokens_per_report: Positive = 4096
 
 
@@ -60,7 +69,7 @@ class SteeringSettings(_Settings, frozen=True):
 
     max_interventions: Annotated[int, msgspec.Meta(ge=1, le=MAX_INTERVENTIONS)] = MAX_INTERVENTIONS
     max_rows_per_request: Positive = 4
-    max_dose: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_dose: access.Above0 | None = None
     """No steering may ask for more; holds for all that names no ``max_dose`` of its own."""
     match_headers: tuple[HeaderName, ...] = ()
     """HTTP headers, in lower case, that rules may match; front ends look at no others."""
@@ -84,7 +93,7 @@ class RedisSettings(_Settings, frozen=True):
 
     url: Annotated[str, msgspec.Meta(pattern=r"^rediss?://")]
     """Without a password: these settings travel to every process, and vLLM logs them."""
-    prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{1,64}$")] = "steerscope"
+    prefix: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{1,64}\Z")] = "steerscope"
     """Of all keys: one per deployment."""
     password_env: str | None = None
     """Names the environment variable, of the launcher, that holds the password."""
@@ -99,7 +108,9 @@ class RedisSettings(_Settings, frozen=True):
 
 
 class StateSettings(_Settings, frozen=True):
-    """Where created policies are kept: in memory, or in the one place named."""
+    """Where created policies and rules are kept: in the one place named, or in the endpoint
+    folder, from where they outlive the hub but not the launch.
+    """
 
     sqlite: str | None = None
     """A file, for one hub. Absolute once loaded."""
@@ -125,6 +136,48 @@ class AuditSettings(_Settings, frozen=True):
     """Adds an HMAC to each line. Absolute once loaded."""
 
 
+class OtelSettings(_Settings, frozen=True):
+    """An OpenTelemetry collector, which gets all metrics, and each score as an event."""
+
+    endpoint: str
+    """A URL; over ``http`` the base of what the collector serves under ``/v1``."""
+    protocol: Literal["grpc", "http"] = "grpc"
+    headers_env: str | None = None
+    """Names the environment variable, of the launcher, that holds headers to send along, as
+    OpenTelemetry writes them: ``name=value,name=value``, the values percent-encoded."""
+    insecure: bool = False
+    """Allows an endpoint beyond loopback that is not encrypted."""
+    ca_file: str | None = None
+    """Whom an ``https`` endpoint must be vouched for by; the system's by default. Absolute once
+    loaded."""
+    interval_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 60.0
+    """Between two collections of metrics. Events leave within a second."""
+    resource: dict[_ResourceKey, str] = {}
+    """Attributes beside, or instead of, those that say what this hub is."""
+    model_name: str = ""
+    """vLLM's served name. The launcher fills it in."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("endpoint: must be a URL that begins with http:// or https://")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "endpoint: must be a scheme, a host, a port and a path only, since vLLM logs "
+                "these settings: name the variable that holds a secret in headers_env"
+            )
+        if self.protocol == "grpc" and parts.path not in ("", "/"):
+            raise ValueError("endpoint: gRPC has no path")
+        if parts.scheme == "https":
+            if self.insecure:
+                raise ValueError("insecure: contradicts the endpoint, which is https")
+            return
+        if not self.insecure and not access.is_loopback(f"{parts.hostname}:{parts.port}"):
+            raise ValueError("endpoint: is not encrypted: use https, or set insecure")
+        if self.ca_file is not None:
+            raise ValueError("ca_file: contradicts the endpoint, which is http")
+
+
 class Settings(_Settings, frozen=True):
     """The whole tree. ``catalog`` is absolute once loaded."""
 
@@ -144,6 +197,7 @@ class Settings(_Settings, frozen=True):
     state: StateSettings = StateSettings()
     audit: AuditSettings = AuditSettings()
     security: access.Security = access.Security()
+    otel: OtelSettings | None = None
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -155,10 +209,10 @@ class Settings(_Settings, frozen=True):
 def load_file(path: Path) -> Settings:
     """Read a config file; raise ``ConfigError`` naming the file and the field."""
     try:
-        tree = yaml.safe_load(path.read_bytes())
+        tree = yamltext.read(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     return from_tree(tree, base=path.resolve().parent, where=str(path))
 
@@ -169,9 +223,7 @@ def from_tree(tree: Any, *, base: Path, where: str) -> Settings:
         settings = msgspec.convert(tree, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}") from None
-    catalog = (base / settings.catalog).resolve()
-    if not catalog.is_dir():
-        raise ConfigError(f"{where}: catalog: no folder {catalog}")
+    catalog = _folder(base / settings.catalog, f"{where}: catalog")
     state = settings.state
     if state.sqlite is not None:
         state = msgspec.structs.replace(state, sqlite=str((base / state.sqlite).absolute()))
@@ -181,8 +233,24 @@ def from_tree(tree: Any, *, base: Path, where: str) -> Settings:
         if (path := getattr(settings.audit, field)) is not None
     }
     audit = msgspec.structs.replace(settings.audit, **files)
-    settings = msgspec.structs.replace(settings, catalog=str(catalog), state=state, audit=audit)
+    otel = settings.otel
+    if otel is not None and otel.ca_file is not None:
+        otel = msgspec.structs.replace(otel, ca_file=str((base / otel.ca_file).absolute()))
+    settings = msgspec.structs.replace(
+        settings, catalog=str(catalog), state=state, audit=audit, otel=otel
+    )
     return _secured(settings, base, where)
+
+
+def _folder(path: Path, where: str) -> Path:
+    try:
+        found = path.resolve(strict=True)
+        is_folder = found.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, a loop of links
+        is_folder = False
+    if not is_folder:
+        raise ConfigError(f"{where}: no folder {str(path)!r}")
+    return found
 
 
 def _secured(settings: Settings, base: Path, where: str) -> Settings:
@@ -227,6 +295,29 @@ def matched(settings: Settings, match: ModelMatch) -> Settings:
     return msgspec.structs.replace(settings, model_match=match)
 
 
+def named(settings: Settings, model_name: str) -> Settings:
+    """The settings, with the name under which the launcher found the model served."""
+    if settings.otel is None:
+        return settings
+    otel = msgspec.structs.replace(settings.otel, model_name=model_name)
+    return msgspec.structs.replace(settings, otel=otel)
+
+
+def otel_headers(settings: OtelSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The headers in the variable that the settings name; ``ConfigError`` if they are none."""
+    if settings.headers_env is None:
+        return {}
+    if settings.headers_env not in environ:
+        raise ConfigError(f"otel.headers_env: {settings.headers_env} is not set")
+    headers = {}
+    for pair in environ[settings.headers_env].split(","):
+        name, separator, value = (part.strip() for part in pair.partition("="))
+        headers[name.lower()] = unquote(value)
+        if not separator or not _HEADER.fullmatch(f"{name}={unquote(value)}"):
+            raise ConfigError(f"otel.headers_env: {settings.headers_env} is not name=value,...")
+    return headers
+
+
 def redis_password(settings: RedisSettings, environ: Mapping[str, str] = os.environ) -> str | None:
     """The password in the variable that the settings name; ``ConfigError`` if it is not set."""
     if settings.password_env is None:
@@ -234,6 +325,11 @@ def redis_password(settings: RedisSettings, environ: Mapping[str, str] = os.envi
     if settings.password_env not in environ:
         raise ConfigError(f"state.redis.password_env: {settings.password_env} is not set")
     return environ[settings.password_env]
+
+
+def client_environment(environ: Mapping[str, str] = os.environ) -> tuple[str | None, str | None]:
+    """The hub's address and a token, for commands that are not told them otherwise."""
+    return environ.get(ADDRESS_ENV) or None, environ.get(TOKEN_ENV) or None
 
 
 def is_configured(environ: Mapping[str, str] = os.environ) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from steerscope.catalog.store import Catalog
     from steerscope.engine.runtime import EngineRuntime
     from steerscope.engine.scheduling import SchedulerSide
-    from steerscope.hub.launcher import RunningHub
+    from steerscope.hub.supervision import RunningHub
     from steerscope.steering.frontend import FrontEnd
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def launch(additional_config: Any) -> Any | None:
     from steerscope.steering.policies import check_declared
 
     catalog = load_catalog(settings)
-    check_declared(catalog, settings.steering, settings.policies)
+    check_declared(catalog, settings)
     settings = config.pinned(settings, catalog.digest)
     return {**additional_config, config.ADDITIONAL_CONFIG_KEY: config.to_tree(settings)}
 
@@ -72,6 +72,7 @@ def launched(vllm_config: Any) -> None:
     if found.unchecked:
         _log.warning("not compared, the model is not on local disk: %s", found.unchecked)
     settings = config.matched(settings, found.match)
+    settings = config.named(settings, seams.served_name(vllm_config))
     vllm_config.additional_config[config.ADDITIONAL_CONFIG_KEY] = config.to_tree(settings)
     _ensure_hub(settings)
 
@@ -194,7 +195,7 @@ def _ensure_hub(settings: config.Settings) -> None:
     global _hub
     from steerscope.hub import launcher
 
-    if _hub is not None and _hub.process.poll() is None:
+    if _hub is not None and not _hub.is_stopped:
         return
     if _hub is None and config.hub_endpoint() is not None:
         return

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import yaml
 
+from steerscope import yamltext
 from steerscope.errors import ConfigError
 
-IDENTITY_NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+IDENTITY_NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}\Z"
 ANONYMOUS = "anonymous"
 """The name of whoever shows no credentials; no identity may bear it."""
 
-Above0 = Annotated[float, msgspec.Meta(gt=0)]
+Above0 = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 Instant = Annotated[datetime.datetime, msgspec.Meta(tz=True)]
@@ -81,7 +81,7 @@ class Identity(_Settings, frozen=True):
 
     name: Annotated[str, msgspec.Meta(pattern=IDENTITY_NAME_PATTERN)]
     scopes: tuple[Scope, ...]
-    token_sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")] | None = None
+    token_sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
     certificate_uri: NonEmpty | None = None
     """A URI in the client certificate's subject alternative names, a SPIFFE ID say."""
     certificate_subject: NonEmpty | None = None
@@ -214,8 +214,8 @@ def check_identities(identities: Iterable[Identity], tls: Tls | None, where: str
 def read_identities(content: bytes, where: str) -> tuple[Identity, ...]:
     """Decode an identities file; raise ``ConfigError`` naming the field."""
     try:
-        return msgspec.convert(yaml.safe_load(content), IdentitiesFile).identities
-    except (yaml.YAMLError, ValueError, msgspec.ValidationError) as error:
+        return msgspec.convert(yamltext.read(content), IdentitiesFile).identities
+    except (ValueError, msgspec.ValidationError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 

@@ -27,7 +27,7 @@ from steerscope.hub.auth.identity import (
     current_identity,
 )
 from steerscope.security import Identity, Rate, Scope, Security
-from steerscope.steering.interventions import Intervention, Policy, SteeringSpec
+from steerscope.steering.interventions import Intervention, SteeringSpec
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -161,10 +161,10 @@ def test_a_team_steers_no_more_requests_at_once_than_it_may():
 def test_a_policy_may_be_used_by_name_whatever_it_edits_but_not_whatever_its_dose():
     team = identity(policies=("force-*",), max_dose=0.5)
     edits = (Intervention(feature="secret", add=1.0),)
-    authorise_use(team, Policy(name="force-x", interventions=edits, max_dose=0.5))
+    authorise_use(team, "force-x", SteeringSpec(interventions=edits, max_dose=0.5))
     for name, dose in (("forced", 0.5), ("force-x", 0.6), ("force-x", None)):
         with pytest.raises(DeniedError):
-            authorise_use(team, Policy(name=name, interventions=edits, max_dose=dose))
+            authorise_use(team, name, SteeringSpec(interventions=edits, max_dose=dose))
 
 
 def test_edits_without_a_name_need_their_features_allowed():
@@ -176,7 +176,7 @@ def test_edits_without_a_name_need_their_features_allowed():
 
 def test_an_admin_is_not_bound_by_lists():
     edits = (Intervention(feature="any", add=1.0),)
-    authorise_use(identity("boss", (Scope.ADMIN,)), Policy(name="any", interventions=edits))
+    authorise_use(identity("boss", (Scope.ADMIN,)), "any", SteeringSpec(interventions=edits))
 
 
 def test_outside_of_a_call_there_is_no_identity():

@@ -39,7 +39,6 @@ def test_a_policy_is_resolved_by_name(admission):
             "steering.interventions[0].feature",
         ),
         ({"steering_policy": "push"}, "steering_policy"),
-        ({"steerscope_report": 1}, "steerscope_report"),
         ({"steerscope": b"forged"}, "steerscope"),
         (
             {

@@ -1,8 +1,10 @@
 import pytest
 import yaml
 from steerscope import config
+from steerscope.catalog import store
 from steerscope.cli.main import main
 from steerscope.errors import ConfigError
+from steerscope.steering.policies import check_declared
 
 
 def write(path, tree):
@@ -74,3 +76,27 @@ def test_check_tells_a_fault_in_one_line_and_fails(tiny_world, tmp_path, capsys)
     }
     assert main(["check", str(write(tmp_path / "c.yaml", tree))]) == 2
     assert capsys.readouterr().err == "steerscope: policy 'push' is declared 2 times\n"
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ({"default_policy": "nobody"}, "rules.default_policy: no policy 'nobody' is declared"),
+        ({"default_policy": "Not A Name"}, r"\$\.rules\.default_policy"),
+        (
+            {"bindings": [{"name": "b", "match": {"headers": {"x-team": "1"}}}]},
+            r"rules\.bindings\[0\]\.match\.headers: 'x-team' is not looked at",
+        ),
+        ({"override": {"mode": "force"}}, "rules.override.policy: mode force needs one"),
+        ({"override": {"mode": "of"}}, r"\$\.rules\.override\.mode"),
+    ],
+)
+def test_declared_rules_are_checked_before_anything_starts(tiny_world, tmp_path, rules, reason):
+    tree = {"catalog": str(tiny_world.catalog), "rules": rules}
+
+    def checked():
+        settings = config.from_tree(tree, base=tmp_path, where="here")
+        check_declared(store.load(tiny_world.catalog), settings)
+
+    with pytest.raises(ConfigError, match=reason):
+        checked()

@@ -268,7 +268,7 @@ def test_every_family_in_a_scrape_is_declared_and_every_declared_one_is_there(wo
 
 
 def test_names_carry_their_units():
-    suffixes = {"s": "_seconds", "1": ("_ratio", "_activation", "_info")}
+    suffixes = {"s": "_seconds", "1": ("_ratio", "_activation", "_info", "_override")}
     for instrument in INSTRUMENTS:
         assert instrument.name.startswith("steerscope_")
         if instrument.kind is Kind.COUNTER:

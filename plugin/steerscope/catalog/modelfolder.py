@@ -60,6 +60,8 @@ class ModelFolder:
         path = folder / CONFIG
         config = _json(path)
         text = config.get("text_config") or config
+        if not isinstance(text, dict):
+            raise CatalogError(f"{path}: text_config: is no JSON object")
         files = _files(folder)
         shapes = _shapes(files)
         return cls(
@@ -133,7 +135,7 @@ class ModelFolder:
         whole = {
             parent: [layers[i] for i in sorted(layers)]
             for (parent, _), layers in stacks.items()
-            if sorted(layers) == list(range(self.num_hidden_layers))
+            if len(layers) == self.num_hidden_layers == max(layers) + 1
             and not re.search(r"vision|visual|audio", parent)
         }
         if len(whole) != 1:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import yaml
 
+from steerscope import yamltext
 from steerscope.catalog import signals
 from steerscope.catalog.model import (
     SCHEMA,
@@ -197,8 +197,8 @@ def _file_digest(path: Path) -> bytes:
 
 def _decode(text: bytes, path: Path) -> CatalogDocument:
     try:
-        document = msgspec.yaml.decode(text, type=CatalogDocument)
-    except (msgspec.MsgspecError, yaml.YAMLError, UnicodeDecodeError) as error:
+        document = msgspec.convert(yamltext.read(text), CatalogDocument)
+    except (ValueError, msgspec.ValidationError) as error:
         raise CatalogError(f"{path}: {error}") from None
     if document.schema != SCHEMA:
         raise CatalogError(f"{path}: schema is {document.schema!r}, expected {SCHEMA!r}")

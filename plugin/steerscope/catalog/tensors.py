@@ -25,6 +25,10 @@ from steerscope.errors import CatalogError
 MAX_HEADER_BYTES = 100_000_000
 """As safetensors itself has it."""
 
+MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 1 << 56
+"""Of arrays, empty ones too: what numpy can address."""
+
 ROW_BLOCK_BYTES = 16 << 20
 """How much of a matrix is looked at before its pages are given back."""
 
@@ -121,7 +125,7 @@ class TensorFile:
             last = min(first + step, num_rows)
             start = entry.begin + first * size
             stored = np.frombuffer(self._map, _stored(entry), (last - first) * width, start)
-            taken[:, first:last] = _float32(stored.reshape(-1, width)[:, chosen], entry).T
+            taken[:, first:last] = _float32(stored.reshape(last - first, width)[:, chosen], entry).T
             del stored
             self._give_back()
         return taken
@@ -188,6 +192,8 @@ def _header(mapped: mmap.mmap) -> tuple[dict[str, Entry], dict[str, str]]:
 def _entry(name: str, told: dict[str, Any], data: int, length: int) -> Entry:
     begin, end = (data + int(offset) for offset in told["data_offsets"])
     entry = Entry(str(told["dtype"]), tuple(int(n) for n in told["shape"]), begin, end)
+    if len(entry.shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in entry.shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name!r} has a shape that no array can have")
     size = math.prod(entry.shape) * _SIZES[entry.dtype]
     negative = min(entry.shape, default=0) < 0
     if negative or not data <= begin <= end <= length or end - begin != size:

@@ -14,7 +14,7 @@ from steerscope.steering.policies import check_declared
 def run(settings: Settings, model: Path | None) -> int:
     """Print a summary; raise the first thing that is wrong."""
     catalog = store.load(Path(settings.catalog), settings.catalog_digest)
-    check_declared(catalog, settings.steering, settings.policies)
+    check_declared(catalog, settings)
     if model is not None:
         found = fingerprint.check(
             catalog.document.model, ModelFolder.read(model).as_served(), settings.allow_fine_tune

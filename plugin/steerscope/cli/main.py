@@ -1,6 +1,8 @@
-"""``steerscope``: check a config, serve with vLLM, make catalogs, run the demo.
+"""``steerscope``: check a config, serve with vLLM, make catalogs, steer, watch, run the demo.
 
-Commands import what they need when they run, so that ``--help`` stays quick.
+Commands import what they need when they run, so that ``--help`` stays quick. They end with 0, with
+1 where they say so (what is named does not exist, a difference), with 2 for an error, and with
+130 when they are interrupted.
 """
 
 from __future__ import annotations
@@ -12,20 +14,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerscope import __version__
-from steerscope.cli import audit, catalog, lab, token
+from steerscope.cli import (
+    audit,
+    catalog,
+    completion,
+    connection,
+    features,
+    lab,
+    policy,
+    report,
+    rules,
+    steering,
+    token,
+    watch,
+)
+from steerscope.cli.output import clean
 from steerscope.errors import SteerscopeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; errors of ours become one line on stderr and exit code 2."""
+    """Entry point; errors of ours become one line on stderr and exit code 2, or 1: not there."""
     arguments, rest = _parser().parse_known_args(argv)
     if rest and not getattr(arguments, "passes_on", False):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         code: int = arguments.run(arguments, rest)
+        sys.stdout.flush()
     except SteerscopeError as error:
-        print(f"steerscope: {error}", file=sys.stderr)
-        return 2
+        print("steerscope:", "\n".join(map(clean, str(error).splitlines())), file=sys.stderr)
+        return 1 if isinstance(error, connection.NotThereError) else 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -50,10 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", type=Path, required=True, help="what STEERSCOPE_CONFIG names")
     serve.set_defaults(run=_serve, passes_on=True)
 
+    options = connection.options()
+    for part in (policy, features, steering, report, rules, watch):
+        part.add_commands(commands, options)
     lab.add_commands(commands)
     catalog.add_commands(commands)
     audit.add_commands(commands)
     token.add_commands(commands)
+    completion.add_commands(commands, _parser)
     _add_demo(commands)
     return parser
 

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import grpc
 
 from steerscope.errors import ConfigError
 from steerscope.security import is_loopback
+
+Options = Sequence[tuple[str, Any]]
+
+RECONNECT: Final[Options] = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+"""gRPC itself waits for up to two minutes before it looks for a hub that was away."""
+
+REPEATING: Final[Options] = (
+    *RECONNECT,
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "methodConfig": [
+                    {
+                        "name": [{}],
+                        "retryPolicy": {
+                            "maxAttempts": 5,
+                            "initialBackoff": "0.2s",
+                            "maxBackoff": "2s",
+                            "backoffMultiplier": 2,
+                            "retryableStatusCodes": ["UNAVAILABLE"],
+                        },
+                    }
+                ]
+            }
+        ),
+    ),
+)
+"""For calls that are safe to make again: some three seconds of trying, within their deadline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +75,35 @@ class Credentials:
         """Whether the channel is encrypted."""
         return self.ca is not None or self.system_ca
 
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What shows the token with a call."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
 
 NO_CREDENTIALS = Credentials()
 
 
-def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
+def open_channel(address: str, credentials: Credentials, options: Options = ()) -> grpc.Channel:
     """A channel that shows the credentials; raise ``ConfigError`` where that is not safe."""
     if credentials.is_tls:
-        channel = grpc.secure_channel(address, tls_credentials(credentials))
+        channel = grpc.secure_channel(address, tls_credentials(credentials), options)
     else:
         check_cleartext(address, credentials)
-        channel = grpc.insecure_channel(address)
+        channel = grpc.insecure_channel(address, options)
     if credentials.token is None:
         return channel
-    return grpc.intercept_channel(channel, _Bearer(credentials.token))
+    return grpc.intercept_channel(channel, _Bearer(credentials))
+
+
+def open_async_channel(
+    address: str, credentials: Credentials, options: Options = ()
+) -> grpc.aio.Channel:
+    """The same for asyncio; whoever calls shows ``credentials.metadata`` with each call."""
+    if credentials.is_tls:
+        return grpc.aio.secure_channel(address, tls_credentials(credentials), options)
+    check_cleartext(address, credentials)
+    return grpc.aio.insecure_channel(address, options)
 
 
 def tls_credentials(credentials: Credentials) -> grpc.ChannelCredentials:
@@ -92,8 +140,8 @@ class _Bearer(
 ):
     """Adds the token to each call."""
 
-    def __init__(self, token: str) -> None:
-        self._header = ("authorization", f"Bearer {token}")
+    def __init__(self, credentials: Credentials) -> None:
+        self._metadata = credentials.metadata
 
     def _intercept(
         self, continuation: Callable[..., Any], client_call_details: Any, request: Any
@@ -109,7 +157,7 @@ class _Bearer(
         return _Details(
             details.method,
             details.timeout,
-            (*(details.metadata or ()), self._header),
+            (*(details.metadata or ()), *self._metadata),
             details.credentials,
             details.wait_for_ready,
             details.compression,

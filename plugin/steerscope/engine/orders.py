@@ -32,7 +32,7 @@ from steerscope.hub.orders import (
     Withdraw,
     engines_address,
 )
-from steerscope.steering.interventions import SteeringSpec, steering_digest
+from steerscope.steering.interventions import SteeringSpec, check_spec, steering_digest
 from steerscope.steering.rules import OverrideMode, SteeringSource
 from steerscope.steering.stamp import Stamp
 
@@ -87,7 +87,8 @@ class EngineLink:
     def _receive(self, payload: bytes) -> None:
         try:
             message = msgspec.msgpack.decode(payload, type=ToEngine)
-        except msgspec.MsgspecError as error:
+            _check(message)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             _log.error("steerscope: the hub sent something malformed: %s", error)
             return
         if isinstance(message, Unwelcome):
@@ -218,6 +219,12 @@ class OrderBook:
         if distinct <= limit:
             return ""
         return f"past and present steering make {distinct} combinations of edits, {limit} allowed"
+
+
+def _check(message: ToEngine) -> None:
+    """Raise ``SpecError`` unless the edits are edits; none release a request."""
+    if isinstance(message, Order | Standing) and message.interventions:
+        check_spec(SteeringSpec(interventions=message.interventions, max_dose=message.max_dose))
 
 
 def _send(socket: zmq.Socket[bytes], message: FromEngine) -> None:

@@ -3,6 +3,9 @@
 A frame that cannot be sent at once is dropped and counted; the count travels in
 every later frame, so that the hub knows what it did not see. Under speculative
 decoding a step is held until the scheduler says which of its tokens were accepted.
+
+Frames that wait for a hub that is gone are for the next one, which is told anew of the requests
+that run, from the first step on that ends without the hub.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -41,13 +45,25 @@ _log = logging.getLogger(__name__)
 
 
 class FrameSender:
-    """PUSH socket to the hub's fan-in. ``send`` never blocks and never raises."""
+    """PUSH socket to the hub's fan-in. Nothing here blocks, and ``send`` never raises.
+
+    What waits in the socket while there is no hub goes to the next one, in order.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_FRAMES)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(frames_address(endpoint))
+
+    def has_lost_hub(self) -> bool:
+        """Whether the hub went away since this was last asked."""
+        is_lost = False
+        while self._partings.poll(0):
+            self._partings.recv_multipart()
+            is_lost = True
+        return is_lost
 
     def send(self, payload: bytes) -> bool:
         """Whether the frame was taken."""
@@ -73,11 +89,17 @@ class _Told:
     """What the hub must learn of requests; kept until a frame with it was sent."""
 
     started: dict[str, RequestStart] = field(default_factory=dict)
+    resumed: dict[str, RequestStart] = field(default_factory=dict)
+    """Of those that ended, which the hub does not know: an earlier one did."""
+    leaving: dict[str, RequestStart] = field(default_factory=dict)
+    """The same of those that it does know, for the case that it is gone."""
     ended: list[RequestEnd] = field(default_factory=list)
     changed: list[SteeringChange] = field(default_factory=list)
 
     def clear(self) -> None:
         self.started.clear()
+        self.resumed.clear()
+        self.leaving.clear()
         self.ended.clear()
         self.changed.clear()
 
@@ -128,10 +150,13 @@ class Readout:
         self._kept: SlotCache | None = None
         self._block_size = 1
         self._known: set[str] = set()
+        self._known_earlier: set[str] = set()
+        """Requests that a hub knew which is gone."""
         self._untold = _Told()
         self._step = 0
         self._dropped = 0
         self._dropped_tokens = 0
+        self._told_tokens = 0
         self._overhead_ns = 0
         self._held: _Step | None = None
 
@@ -144,12 +169,21 @@ class Readout:
         self._overhead_ns += nanoseconds
 
     def end(self, ended: Mapping[str, int]) -> None:
-        """Requests ended. Only what the hub knows of is kept: it may never take a frame again."""
+        """Requests ended, which the roster still has.
+
+        Only what a hub knows of is kept: none may ever take a frame again.
+        """
         for req_id, end in ended.items():
+            self._untold.started.pop(req_id, None)
             if req_id in self._known:
                 self._known.remove(req_id)
-                self._untold.ended.append(RequestEnd(req_id, end))
-            self._untold.started.pop(req_id, None)
+                self._untold.leaving[req_id] = self._resumption(req_id, end)
+            elif req_id in self._known_earlier:
+                self._known_earlier.remove(req_id)
+                self._untold.resumed[req_id] = self._resumption(req_id, end)
+            else:
+                continue
+            self._untold.ended.append(RequestEnd(req_id, end))
 
     def change(self, req_id: str, position: int, stamp: Stamp) -> None:
         """A request's steering changed from ``position`` on."""
@@ -208,6 +242,8 @@ class Readout:
         try:
             if self._kept and step.slots_T is not None:
                 self._kept.write(step.slots_T, step.sites)
+            if self._sender.has_lost_hub():
+                self._begin_anew()
             self._start(step.layout)
             sent = self._sender.send(encode(self._frame(step)))
         except Exception:
@@ -217,9 +253,18 @@ class Readout:
         self._step += 1
         if sent:
             self._known.update(self._untold.started)
+            self._known_earlier.difference_update(self._untold.started)
             self._untold.clear()
+            self._told_tokens += num_tokens
         else:  # what is to be known of requests is told again with the next frame
             self._lose(num_tokens)
+
+    def _begin_anew(self) -> None:
+        """The hub is gone, and whatever it knew with it."""
+        self._known_earlier |= self._known
+        self._known.clear()
+        self._untold.resumed.update(self._untold.leaving)
+        self._untold.leaving.clear()
 
     def _fail(self, num_tokens: int) -> None:
         """Telemetry fails open, whatever is wrong: the loss is counted, nothing stale is kept."""
@@ -244,20 +289,29 @@ class Readout:
             overhead_ns=self._overhead_ns,
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
-            started=tuple(self._untold.started.values()),
+            started=(*self._untold.resumed.values(), *self._untold.started.values()),
             finished=tuple(self._untold.ended),
             changed=tuple(self._untold.changed),
             request_ids=tuple(step.layout.req_ids),
             query_start_loc=tuple(step.layout.query_start_loc.tolist()),
             positions=tuple(step.layout.first_positions.tolist()),
             sites=self._activations(step.sites),
+            told_tokens=self._told_tokens,
         )
 
     def _start(self, layout: StepLayout) -> None:
         """Requests the hub has not been told of, each with the first position it ever had."""
-        for req_id, position in zip(layout.req_ids, layout.first_positions, strict=True):
-            if req_id not in self._known and req_id not in self._untold.started:
-                self._untold.started[req_id] = self._request_start(req_id, int(position))
+        for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
+            if req_id in self._known or req_id in self._untold.started:
+                continue
+            is_new = req_id not in self._known_earlier
+            made = self._request_start if is_new else self._resumption
+            self._untold.started[req_id] = made(req_id, position)
+
+    def _resumption(self, req_id: str, position: int) -> RequestStart:
+        """For a hub that does not know the request; an earlier one knew it up to there."""
+        start = self._request_start(req_id, 0)
+        return msgspec.structs.replace(start, resumed_at=position)
 
     def _request_start(self, req_id: str, first_position: int) -> RequestStart:
         info = self._roster.info(req_id)
@@ -277,6 +331,7 @@ class Readout:
             source=stamp.source if stamp else SteeringSource.NOTHING,
             rule=stamp.rule if stamp else "",
             asked=stamp.asked if stamp else "",
+            traceparent=stamp.traceparent if stamp else "",
         )
 
     def _applied(self, stamp: Stamp) -> str:

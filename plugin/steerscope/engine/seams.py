@@ -34,8 +34,8 @@ from steerscope.engine.runtime import Capacity, EngineRuntime, StepNews
 from steerscope.engine.scheduling import SchedulerSide, StepNote
 from steerscope.engine.slots import KvGeometry
 from steerscope.errors import SpecError, UnsupportedEngineError
-from steerscope.steering import headers, segments, stamp
-from steerscope.steering.admission import STEERING_KEY
+from steerscope.steering import exchange, segments, stamp, traceparent
+from steerscope.steering.admission import OUR_KEYS, STEERING_KEY
 
 if TYPE_CHECKING:
     from steerscope.steering.frontend import FrontEnd
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33")
 
 _ATTRIBUTE = "_steerscope"
-_HEADERS = "_steerscope_headers"
-"""Carries the request's headers to where admission runs, if that is another thread."""
+_EXCHANGE = "_steerscope_exchange"
+"""Carries the HTTP exchange to where admission runs, if that is another thread."""
 _ORIGINAL = "__steerscope_original__"
 
 
@@ -343,26 +343,35 @@ def _front_end(
     setattr(self, _ATTRIBUTE, callbacks.front_end(self.vllm_config))
     in_thread = self.process_inputs_async
 
-    def carrying_headers(*args: Any, **kwargs: Any) -> Any:
-        return in_thread(*args, **{_HEADERS: headers.current_headers(), **kwargs})
+    def carrying_exchange(*args: Any, **kwargs: Any) -> Any:
+        return in_thread(*args, **{_EXCHANGE: exchange.current_exchange(), **kwargs})
 
-    self.process_inputs_async = carrying_headers
+    self.process_inputs_async = carrying_exchange
 
 
-def _with_headers(
+def _with_exchange(
     callbacks: Callbacks, original: Callable[..., Any], args: Any, app: Any, *more: Any
 ) -> Any:
     result = original(args, app, *more)
-    app.add_middleware(headers.HeadersMiddleware)
+    _add_middleware(app)
     return result
 
 
-def _app_with_headers(
+def _app_with_exchange(
     callbacks: Callbacks, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     app = original(*args, **kwargs)
-    app.add_middleware(headers.HeadersMiddleware)
+    _add_middleware(app)
     return app
+
+
+def _add_middleware(app: Any) -> None:
+    def metrics(accept: str) -> Any:
+        processor = getattr(getattr(app.state, "engine_client", None), "input_processor", None)
+        front_end: FrontEnd | None = getattr(processor, _ATTRIBUTE, None)
+        return front_end.metrics(accept) if front_end is not None else None
+
+    app.add_middleware(exchange.ExchangeMiddleware, metrics=metrics)
 
 
 def _admit(
@@ -375,23 +384,25 @@ def _admit(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    shown = kwargs.pop(_HEADERS, None) or headers.current_headers()
+    served = kwargs.pop(_EXCHANGE, None) or exchange.current_exchange()
     front_end: FrontEnd | None = getattr(self, _ATTRIBUTE)
     if front_end is None or not hasattr(params, "extra_args"):
         return original(self, request_id, prompt, params, *args, **kwargs)
     try:
         lora = getattr(kwargs.get("lora_request"), "lora_name", "")
-        asked = front_end.resolve(request_id, params.extra_args, shown, lora)
+        asked = front_end.resolve(request_id, params.extra_args, served, lora)
         if asked is not None and kwargs.get("resumable"):
             raise SpecError(STEERING_KEY, "streaming-input sessions cannot be steered")
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        payload = front_end.stamp(request_id, asked, _num_prompt_tokens(request))
+        shown = served.headers if served is not None else ()
+        traced = traceparent.of_request(getattr(request, "trace_headers", None), shown)
+        payload = front_end.stamp(request_id, asked, _num_prompt_tokens(request), traced)
     except SpecError as error:
         raise _validation_error(error) from None
     # A copy: vLLM may share one params object between requests (skip_clone).
     request.sampling_params = copy.copy(request.sampling_params)
     request.sampling_params.extra_args = {
-        **{k: v for k, v in (params.extra_args or {}).items() if k != STEERING_KEY},
+        **{k: v for k, v in (params.extra_args or {}).items() if k not in OUR_KEYS},
         stamp.STAMP_KEY: payload,
     }
     return request
@@ -625,7 +636,7 @@ SEAMS = (
         "init_entrypoints_middleware",
         ("args", "app"),
         "every API server passes here before it serves",
-        _with_headers,
+        _with_exchange,
         is_optional=True,  # since 0.29
     ),
     Seam(
@@ -633,7 +644,7 @@ SEAMS = (
         "build_app",
         ("args",),
         "until 0.28: every API server is made here; later a name that nothing calls",
-        _app_with_headers,
+        _app_with_exchange,
         is_optional=True,
     ),
     Seam(

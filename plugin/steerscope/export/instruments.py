@@ -116,7 +116,8 @@ FRAMES_DROPPED = Instrument(
     "steerscope_frames_dropped_total",
     Kind.COUNTER,
     "{frame}",
-    "Frames whose contents never counted: not sent by the worker, or refused by the hub.",
+    "Frames whose contents never counted: not sent by the worker, lost with a hub that was "
+    "killed, or refused by the hub.",
     (*ENGINE, "reason"),
 )
 READOUT_LAG = Instrument(
@@ -132,6 +133,40 @@ STEP_OVERHEAD = Instrument(
     "s",
     "Host time that Steerscope spent in a step.",
     ENGINE,
+)
+ENGINE_LAST_SEEN = Instrument(
+    "steerscope_engine_last_seen_seconds",
+    Kind.GAUGE,
+    "s",
+    "Time since the engine's newest frame that counted; it grows while the engine is idle.",
+    ENGINE,
+)
+STEERING_OVERRIDE = Instrument(
+    "steerscope_steering_override",
+    Kind.GAUGE,
+    "1",
+    "1 for the mode of the operator's override that is in force: none, off or force.",
+    ("mode",),
+)
+HUB_CPU = Instrument(
+    "steerscope_hub_cpu_seconds_total",
+    Kind.COUNTER,
+    "s",
+    "Processor time of the hub's process; near one second a second, its one loop is saturated.",
+)
+HUB_RESTARTS = Instrument(
+    "steerscope_hub_restarts_total",
+    Kind.COUNTER,
+    "{restart}",
+    "How many times the launcher started the hub again after it ended, in vain or not.",
+)
+OTEL_DROPPED = Instrument(
+    "steerscope_otel_dropped_total",
+    Kind.COUNTER,
+    "{item}",
+    "What no OTLP collector took: events ('logs'), and collections of metrics, which the next one "
+    "makes up for. There where a collector is configured.",
+    ("signal",),
 )
 PROPAGATION_TIMEOUTS = Instrument(
     "steerscope_policy_propagation_timeouts_total",
@@ -163,6 +198,11 @@ INSTRUMENTS = (
     FRAMES_DROPPED,
     READOUT_LAG,
     STEP_OVERHEAD,
+    ENGINE_LAST_SEEN,
+    HUB_CPU,
+    STEERING_OVERRIDE,
+    HUB_RESTARTS,
+    OTEL_DROPPED,
     PROPAGATION_TIMEOUTS,
     BUILD_INFO,
 )

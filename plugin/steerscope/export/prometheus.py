@@ -6,8 +6,10 @@ the catalog declares: rules never see an absent series.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -16,6 +18,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar, Timestamp
 from prometheus_client.utils import floatToGoString
 
 from steerscope import __version__
@@ -24,6 +27,9 @@ from steerscope.catalog.store import Catalog
 from steerscope.export import instruments as names
 from steerscope.export.instruments import Instrument
 from steerscope.steering.interventions import Op
+from steerscope.steering.rules import OverrideMode
+from steerscope.telemetry import exemplars as telemetry
+from steerscope.telemetry.exemplars import Exemplars
 from steerscope.telemetry.histograms import HistogramArray
 from steerscope.telemetry.reductions import Missing
 from steerscope.telemetry.totals import PHASES, EngineTotals, FrameLoss, HubTotals, Outcome
@@ -32,6 +38,9 @@ from steerscope.telemetry.tracks import EngineKey, Unobserved
 Labels = tuple[str, ...]
 NO_ENGINE: Labels = ("", "")
 """Empty label values, which Prometheus takes for absent labels."""
+
+NO_OVERRIDE = "none"
+_NO_EXEMPLARS: Mapping[int, telemetry.Exemplar] = MappingProxyType({})
 
 UNOBSERVED_REASONS = tuple(r for r in Unobserved if r is not Unobserved.OVER_LIMIT)
 
@@ -45,7 +54,10 @@ class Totals(Protocol):
 
 
 class HubCollector(Collector):
-    """Turns totals into metric families. ``policies`` names the policies in force."""
+    """Turns totals into metric families.
+
+    ``policies`` names the policies in force, ``override`` the mode of the override, or ``none``.
+    """
 
     def __init__(
         self,
@@ -54,7 +66,11 @@ class HubCollector(Collector):
         hub: HubTotals,
         policies: Callable[[], Iterable[str]],
         model_match: ModelMatch,
+        override: Callable[[], str] = lambda: NO_OVERRIDE,
+        exemplars: Exemplars | None = None,
     ) -> None:
+        self._exemplars = Exemplars(()) if exemplars is None else exemplars
+        self._override = override
         self._catalog = catalog
         self._model_match = model_match
         self._totals = totals
@@ -64,18 +80,37 @@ class HubCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every family, also those without a sample yet."""
         engines = [((k.model_name, k.engine), t) for k, t in self._totals.engines.items()]
-        yield from _signals(engines)
+        yield from self._signals(engines)
         yield from _features(engines)
         yield from _tokens(engines)
         yield self._steering_requests(engines)
         yield from _steering(engines)
         yield from self._frames(engines)
+        yield _last_seen(engines)
+        yield _counter(names.HUB_CPU, [((), time.process_time())])
+        yield _counter(names.HUB_RESTARTS, [((), self._hub.restarts)])
+        undelivered = [((signal,), n) for signal, n in sorted(self._hub.undelivered.items())]
+        yield _counter(names.OTEL_DROPPED, undelivered)
         yield _counter(names.PROPAGATION_TIMEOUTS, [((), self._hub.propagation_timeouts)])
+        yield self._steering_override()
         yield self._build_info()
+
+    def _signals(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+        scores = _family(names.SIGNAL_SCORE)
+        labelled = []
+        for engine, totals in engines:
+            for series, signal in enumerate(totals.signals):
+                exemplars = self._exemplars.of(EngineKey(*engine), signal.name)
+                _add_histogram(scores, (*engine, signal.name), totals.score, series, exemplars)
+                for label in (*(band.label for band in signal.labels), *Missing):
+                    count = totals.labels[signal.name, label]
+                    labelled.append(((*engine, signal.name, label), count))
+        yield scores
+        yield _counter(names.SIGNAL_REQUESTS, labelled)
 
     def _steering_requests(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Metric:
         policies = list(self._policies())
-        front_end = (Outcome.ADMITTED, Outcome.REJECTED)
+        front_end = (Outcome.ADMITTED, Outcome.REJECTED, Outcome.OVERRULED)
         samples = [
             ((*NO_ENGINE, policy, outcome), self._hub.outcomes[policy, outcome])
             for policy in policies
@@ -97,7 +132,7 @@ class HubCollector(Collector):
         lost += [
             ((*engine, reason), totals.frames_lost[reason])
             for engine, totals in engines
-            for reason in (FrameLoss.NOT_SENT, FrameLoss.CATALOG_MISMATCH)
+            for reason in (FrameLoss.NOT_SENT, FrameLoss.LOST, FrameLoss.CATALOG_MISMATCH)
         ]
         yield _counter(names.FRAMES_DROPPED, lost)
         lag, overhead = _family(names.READOUT_LAG), _family(names.STEP_OVERHEAD)
@@ -107,6 +142,13 @@ class HubCollector(Collector):
         yield lag
         yield overhead
 
+    def _steering_override(self) -> Metric:
+        instrument, in_force = names.STEERING_OVERRIDE, self._override()
+        family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+        for mode in (NO_OVERRIDE, *OverrideMode):
+            family.add_metric((mode,), float(mode == in_force))
+        return family
+
     def _build_info(self) -> Metric:
         document = self._catalog.document
         instrument = names.BUILD_INFO
@@ -114,19 +156,6 @@ class HubCollector(Collector):
         catalog = (document.name, document.version, self._catalog.digest)
         family.add_metric((__version__, *catalog, self._model_match), 1)
         return family
-
-
-def _signals(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-    scores = _family(names.SIGNAL_SCORE)
-    labelled = []
-    for engine, totals in engines:
-        for series, signal in enumerate(totals.signals):
-            _add_histogram(scores, (*engine, signal.name), totals.score, series)
-            for label in (*(band.label for band in signal.labels), *Missing):
-                count = totals.labels[signal.name, label]
-                labelled.append(((*engine, signal.name, label), count))
-    yield scores
-    yield _counter(names.SIGNAL_REQUESTS, labelled)
 
 
 def _features(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
@@ -171,7 +200,16 @@ def _steering(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric
     yield dose
 
 
-def _counter(instrument: Instrument, samples: Iterable[tuple[Labels, int]]) -> Metric:
+def _last_seen(engines: Sequence[tuple[Labels, EngineTotals]]) -> Metric:
+    instrument, now = names.ENGINE_LAST_SEEN, time.monotonic_ns()
+    family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+    for engine, totals in engines:
+        if totals.frames:  # else all of them were refused, and none counted
+            family.add_metric(engine, max(now - totals.last_seen_ns, 0) * 1e-9)
+    return family
+
+
+def _counter(instrument: Instrument, samples: Iterable[tuple[Labels, float]]) -> Metric:
     family = CounterMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
     for labels, value in samples:
         family.add_metric(labels, value)
@@ -183,9 +221,21 @@ def _family(instrument: Instrument) -> HistogramMetricFamily:
 
 
 def _add_histogram(
-    family: HistogramMetricFamily, labels: Labels, histogram: HistogramArray, series: int
+    family: HistogramMetricFamily,
+    labels: Labels,
+    histogram: HistogramArray,
+    series: int,
+    exemplars: Mapping[int, telemetry.Exemplar] = _NO_EXEMPLARS,
 ) -> None:
     bounds = [*map(floatToGoString, histogram.bounds.tolist()), "+Inf"]
     cumulative = histogram.counts[series].cumsum().tolist()
-    buckets = list(zip(bounds, cumulative, strict=True))
+    buckets: list[Any] = list(zip(bounds, cumulative, strict=True))
+    for bucket, exemplar in exemplars.items():
+        buckets[bucket] = (*buckets[bucket], _exemplar(exemplar))
     family.add_metric(labels, buckets, float(histogram.sums[series]))
+
+
+def _exemplar(exemplar: telemetry.Exemplar) -> Exemplar:
+    trace = {"trace_id": exemplar.trace.trace_id, "span_id": exemplar.trace.span_id}
+    seconds, nanoseconds = divmod(exemplar.time_ns, 1_000_000_000)
+    return Exemplar(trace, exemplar.score, Timestamp(seconds, nanoseconds))

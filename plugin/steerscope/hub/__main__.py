@@ -2,7 +2,8 @@
 
 Settings come as one JSON tree on stdin, or from the file named by ``--config-json``. One
 JSON line goes to stdout when the hub serves, or when it cannot; logs go to stderr. It ends
-on SIGTERM, or when its parent is gone.
+on SIGTERM, or when its parent is gone. What the next hub of the launch needs to know stays in
+the folder, which the parent removes; a hub whose parent is gone is the last, and removes it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -22,7 +24,8 @@ from steerscope import config
 from steerscope.errors import SteerscopeError
 from steerscope.hub.orders import engines_address
 from steerscope.hub.protocol import control_address, frames_address
-from steerscope.hub.server import Hub, run_until_orphaned
+from steerscope.hub.server import MARKS_FILE, Hub, run_until_orphaned
+from steerscope.hub.storage import STATE_FILE
 
 
 def main() -> int:
@@ -31,32 +34,37 @@ def main() -> int:
     parser.add_argument("--config-json", default="-", help="settings; - is stdin")
     parser.add_argument("--endpoint", required=True, help="folder for the sockets")
     parser.add_argument("--parent-pid", type=int, required=True, help="end when it is gone")
+    parser.add_argument("--restarts", type=int, default=0, help="hubs of this launch before it")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s steerscope.hub: %(message)s")
     try:
         asyncio.run(_serve(_settings(arguments.config_json), arguments))
     except (SteerscopeError, zmq.ZMQError, OSError, ValueError) as error:
         _tell({"ready": False, "error": str(error)})
-        return 1
-    return 0
+        status = 1
+    else:
+        status = 0
+    if os.getppid() != arguments.parent_pid:
+        _tidy(Path(arguments.endpoint))
+    return status
 
 
 async def _serve(settings: config.Settings, arguments: argparse.Namespace) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    async with Hub(settings, arguments.endpoint).serving() as ports:
+    async with Hub(settings, arguments.endpoint, arguments.restarts).serving() as ports:
         _tell({"ready": True, "grpc_port": ports.grpc, "http_port": ports.http})
         await run_until_orphaned(arguments.parent_pid, stopping)
-    _tidy(Path(arguments.endpoint))
 
 
 def _tidy(endpoint: Path) -> None:
-    """Remove our sockets, and the folder if it is then empty: its maker may be gone by now."""
+    """No hub follows: remove all that is ours, and the folder if that was all."""
+    addresses = (control_address, frames_address, engines_address)
+    sockets = [Path(address(str(endpoint)).removeprefix("ipc://")) for address in addresses]
     with contextlib.suppress(OSError):
-        for address_of in (control_address, frames_address, engines_address):
-            address = address_of(str(endpoint))
-            Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+        for path in (*sockets, *endpoint.glob(f"{STATE_FILE}*"), endpoint / MARKS_FILE):
+            path.unlink(missing_ok=True)
         endpoint.rmdir()
 
 
@@ -66,7 +74,8 @@ def _settings(source: str) -> config.Settings:
 
 
 def _tell(line: dict[str, object]) -> None:
-    print(json.dumps(line), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it: then we end soon
+        os.write(sys.stdout.fileno(), json.dumps(line).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Auditor:
             RequestSteered(
                 external_id=track.start.external_id,
                 policy=track.policy,
-                asked=asked,
+                asked=asked or "",
                 applied=track.digest,
                 engine=track.key.engine,
                 model=track.key.model_name,

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -19,19 +20,25 @@ from steerscope.hub.protocol import (
     PROTOCOL_VERSION,
     Ack,
     Admitted,
+    Answer,
     FromFrontend,
     FromHub,
     Goodbye,
     Hello,
+    MetricsAsked,
     Policies,
+    Question,
+    Recalled,
     Refused,
     Rejected,
+    ReportAsked,
     control_address,
 )
 from steerscope.hub.rule_store import RuleStore
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.totals import HubTotals, Outcome
 
+MAX_QUESTION_SECONDS = 10.0
 ACK_TIMEOUT_SECONDS = 2.0
 SILENT_AFTER_SECONDS = 10.0
 """A front end greets every second; one that did not for so long is not waited for."""
@@ -51,6 +58,18 @@ class _FrontEnd:
         return time.monotonic() - self.heard_at < SILENT_AFTER_SECONDS and _exists(self.pid)
 
 
+class Pages(Protocol):
+    """What front ends put into HTTP responses."""
+
+    async def report(
+        self, external_id: str, wait_seconds: float, activations: bool
+    ) -> bytes | None:
+        """A request's report as JSON, once it has ended or time is up; None for an unknown one."""
+
+    def metrics(self, accept: str) -> bytes:
+        """The metrics page."""
+
+
 class ControlPlane:
     """Owns the ROUTER socket. One per hub, on the hub's loop."""
 
@@ -62,9 +81,12 @@ class ControlPlane:
         rules: RuleStore,
         totals: HubTotals,
         asked: AskedLog,
+        pages: Pages,
         auditor: Auditor,
     ) -> None:
         self._auditor = auditor
+        self._pages = pages
+        self._answering: set[asyncio.Task[None]] = set()
         self._catalog_digest = catalog_digest
         self._store = store
         self._rules = rules
@@ -83,7 +105,7 @@ class ControlPlane:
             try:
                 identity, payload = parts
                 message = msgspec.msgpack.decode(payload, type=FromFrontend)
-            except (ValueError, msgspec.MsgspecError) as error:
+            except (ValueError, RecursionError, msgspec.MsgspecError) as error:
                 _log.warning("malformed message from a front end: %s", error)
             else:
                 await self._take(identity, message)
@@ -135,11 +157,28 @@ class ControlPlane:
                     self._totals.outcomes[self._store.label(policy), Outcome.ADMITTED] += 1
                 if asked:
                     self._totals.outcomes[self._store.label(asked), Outcome.OVERRULED] += 1
+            case Recalled(digests):
+                for external_id, digest in digests.items():
+                    self._asked.note(external_id, digest)
             case Rejected(external_id, policy, field, reason):
                 self._auditor.rejected(external_id, policy, field, reason)
                 self._totals.outcomes[self._store.label(policy), Outcome.REJECTED] += 1
+            case Question():
+                task = asyncio.create_task(self._answer(identity, message))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
             case Goodbye():
                 self._front_ends.pop(identity, None)
+
+    async def _answer(self, identity: bytes, question: Question) -> None:
+        body: bytes | None = None
+        match question.what:
+            case ReportAsked(external_id, wait_seconds, activations):
+                wait_seconds = min(wait_seconds, MAX_QUESTION_SECONDS)
+                body = await self._pages.report(external_id, wait_seconds, activations)
+            case MetricsAsked(accept):
+                body = self._pages.metrics(accept)
+        await self._send(identity, Answer(question.number, body))
 
     async def _greet(self, identity: bytes, hello: Hello) -> None:
         if reason := self._refusal(hello):

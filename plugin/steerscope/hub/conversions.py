@@ -230,7 +230,7 @@ def report_message(
     external_id: str,
     tracks: Sequence[RequestTrack],
     catalog: Catalog,
-    asked_digest: str,
+    asked_digest: str | None,
     model_match: ModelMatch,
     *,
     features: bool = True,
@@ -241,7 +241,7 @@ def report_message(
         external_id: the id the client knows.
         tracks: its sequences.
         catalog: that the hub serves.
-        asked_digest: of the steering admitted; empty for none, or if it is not known.
+        asked_digest: of the steering admitted; empty for none, None if it is not known.
         model_match: how the served model compares with the catalog's.
         features: whether the activations go in.
     """
@@ -252,13 +252,15 @@ def report_message(
         completions=[_completion(track, asked_digest, features) for track in tracks],
         catalog_digest=catalog.digest,
         catalog_version=catalog.document.version,
-        asked_steering_digest=asked_digest,
+        asked_steering_digest=asked_digest or "",
         plugin_version=__version__,
         model_match=model_match,
     )
 
 
-def _completion(track: RequestTrack, asked_digest: str, features: bool) -> telemetry_pb2.Completion:
+def _completion(
+    track: RequestTrack, asked_digest: str | None, features: bool
+) -> telemetry_pb2.Completion:
     message = telemetry_pb2.Completion(
         request_id=track.start.request_id,
         model_name=track.key.model_name,

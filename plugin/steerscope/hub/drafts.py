@@ -14,7 +14,7 @@ from steerscope.config import SteeringSettings
 from steerscope.errors import SpecError
 from steerscope.hub.conversions import interventions
 from steerscope.hub.policies import Draft, Repeatable, StoredPolicy, now
-from steerscope.hub.storage.documents import MICROSECONDS
+from steerscope.hub.storage.documents import LATEST, MICROSECONDS
 from steerscope.steering.admission import check_asked
 from steerscope.steering.interventions import POLICY_NAME_PATTERN, Policy, digest
 
@@ -22,8 +22,6 @@ MAX_DESCRIPTION_CHARACTERS = 4096
 MAX_ANNOTATIONS = 16
 MAX_ANNOTATION_CHARACTERS = 1024
 ANNOTATION_PATTERN = r"[a-z][a-z0-9._/-]{0,62}"
-LATEST = 253_402_300_799 * MICROSECONDS
-"""The last second that a ``Timestamp`` can say: 9999-12-31T23:59:59Z."""
 
 _EXPIRATION = "expire_time"
 UPDATABLE = ("description", "interventions", "max_dose", "annotations", _EXPIRATION)

@@ -115,7 +115,7 @@ class EnginePlane:
             try:
                 identity, payload = parts
                 message = msgspec.msgpack.decode(payload, type=FromEngine)
-            except (ValueError, msgspec.MsgspecError) as error:
+            except (ValueError, RecursionError, msgspec.MsgspecError) as error:
                 _log.warning("malformed message from an engine: %s", error)
             else:
                 await self._take(identity, message)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 
-from google.protobuf.json_format import MessageToDict
 from google.rpc import code_pb2
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from steerscope.catalog.model import ModelMatch
-from steerscope.catalog.store import Catalog
 from steerscope.hub.auth.denials import (
     AccessError,
     DeniedError,
@@ -24,31 +20,21 @@ from steerscope.hub.auth.denials import (
 from steerscope.hub.auth.directory import Shown
 from steerscope.hub.auth.gate import Gate, Guard
 from steerscope.hub.auth.statuses import CODES
-from steerscope.hub.conversions import report_message
+from steerscope.hub.pages import HubPages, report_tree
 from steerscope.security import Scope
-from steerscope.telemetry.asked import AskedLog
-from steerscope.telemetry.requests import RequestLedger
 
 _HTTP_STATUS = {UnauthenticatedError: 401, DeniedError: 403, ExhaustedError: 429}
 
 
-def application(
-    catalog: Catalog,
-    ledger: RequestLedger,
-    asked: AskedLog,
-    registry: CollectorRegistry,
-    model_match: ModelMatch,
-    guard: Guard,
-    *,
-    metrics_open: bool,
-) -> Starlette:
+def application(pages: HubPages, guard: Guard, *, metrics_open: bool) -> Starlette:
     """The ASGI application; it runs on the hub's loop and owns nothing."""
 
     async def metrics(request: Request) -> Response:
         if not metrics_open:
             _admit(guard.gate, request, "/metrics")
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"content-type": content_type})
+        accept = request.headers.get("accept", "")
+        _, content_type = choose_encoder(accept)
+        return Response(pages.metrics(accept), headers={"content-type": content_type})
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "problems": guard.problems})
@@ -56,16 +42,11 @@ def application(
     async def report(request: Request) -> Response:
         _admit(guard.gate, request, "/v1/steerscope/requests")
         external_id = request.path_params["request_id"]
-        tracks = ledger.report(external_id)
-        if not tracks:
+        found = await pages.finished(external_id)
+        if found is None:
             message = f"no request {external_id[:80]!r} is known"
             return JSONResponse({"error": {"code": "NOT_FOUND", "message": message}}, 404)
-        digest = asked.digest(external_id)
-        made = report_message(external_id, tracks, catalog, digest, model_match)
-        tree = MessageToDict(
-            made, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        return JSONResponse(tree)
+        return JSONResponse(report_tree(found))
 
     return Starlette(
         routes=[

@@ -1,9 +1,10 @@
-"""Starts the hub beside a vLLM launch, and stops it with it."""
+"""Starts the hub beside a vLLM launch; see ``supervision`` for what becomes of it."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import selectors
@@ -12,57 +13,61 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import msgspec
 
 import steerscope
 from steerscope import config
 from steerscope.config import Settings
 from steerscope.errors import HubError
 from steerscope.hub.protocol import control_address
+from steerscope.hub.supervision import HubProcess, RunningHub, Ways, end
 
 READY_TIMEOUT_SECONDS = 30.0
-STOP_TIMEOUT_SECONDS = 6.0
 MAX_IPC_PATH = 107
 """Longest path of a Unix socket on Linux."""
 
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
-"""All that the hub takes over of our environment, beside ``state.redis.password_env``."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunningHub:
-    """A hub that answers. ``endpoint`` is the folder of its sockets."""
-
-    endpoint: str
-    process: subprocess.Popen[bytes]
-    grpc_port: int
-    http_port: int
-
-    def stop(self) -> None:
-        """End the process, by force if need be, and remove its folder. May be called again."""
-        _end(self.process)
-        shutil.rmtree(self.endpoint, ignore_errors=True)
+"""All that the hub takes over of our environment, beside what ``state.redis.password_env`` and
+``otel.headers_env`` name."""
 
 
 def start_hub(settings: Settings, timeout: float = READY_TIMEOUT_SECONDS) -> RunningHub:
     """Start a hub and wait until it serves; raise ``HubError`` with its reason if it does not.
 
-    It ends when ``stop`` is called, when this process exits, or soon after it is killed.
+    It is started again should it end by itself. It ends for good when ``stop`` is called, when
+    this process exits, or soon after it is killed.
     """
     endpoint = _private_folder()
-    process = _spawn(endpoint, settings)
+    process = _spawn(endpoint, settings, 0)
     try:
         ready = _greet(process, settings, timeout)
     except BaseException:
-        _end(process)
+        end(process)
         shutil.rmtree(endpoint, ignore_errors=True)
         raise
-    hub = RunningHub(endpoint, process, ready["grpc_port"], ready["http_port"])
-    owner = os.getpid()
-    atexit.register(lambda: hub.stop() if os.getpid() == owner else None)
+    ports = {"grpc_port": ready["grpc_port"], "http_port": ready["http_port"]}
+    again = _on_ports(settings, **ports)
+    ways = Ways(
+        functools.partial(_spawn, endpoint, again),
+        functools.partial(_greet, settings=again, timeout=timeout),
+    )
+    hub = RunningHub(endpoint, process, ways, **ports)
+    atexit.register(hub.stop)
     return hub
+
+
+def _on_ports(settings: Settings, grpc_port: int, http_port: int) -> Settings:
+    """The settings with the ports that were found where any would do."""
+    hub = settings.hub
+    fixed = msgspec.structs.replace(
+        hub,
+        grpc_address=f"{hub.grpc_address.rpartition(':')[0]}:{grpc_port}",
+        http_address=f"{hub.http_address.rpartition(':')[0]}:{http_port}",
+    )
+    return msgspec.structs.replace(settings, hub=fixed)
 
 
 def _private_folder() -> str:
@@ -76,24 +81,26 @@ def _private_folder() -> str:
     raise HubError("there is no folder for temporary files whose path is short enough")
 
 
-def _spawn(endpoint: str, settings: Settings) -> subprocess.Popen[bytes]:
-    redis = settings.state.redis
-    secret = () if redis is None or redis.password_env is None else (redis.password_env,)
-    names = (*INHERITED, *secret)
+def _spawn(endpoint: str, settings: Settings, restarts: int) -> HubProcess:
+    redis, otel = settings.state.redis, settings.otel
+    secrets = [redis.password_env if redis else None, otel.headers_env if otel else None]
+    names = [*INHERITED, *(name for name in secrets if name is not None)]
     environment = {name: os.environ[name] for name in names if name in os.environ}
     here = str(Path(steerscope.__file__).parent.parent)
     paths = [here, *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, "-P", "-m", "steerscope.hub", "--config-json", "-"]
+    command += ["--endpoint", endpoint, "--parent-pid", str(os.getpid())]
     return subprocess.Popen(
-        [*command, "--endpoint", endpoint, "--parent-pid", str(os.getpid())],
+        [*command, "--restarts", str(restarts)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
+        process_group=0,  # Ctrl-C is for the launcher, which ends the hub last
     )
 
 
-def _greet(process: subprocess.Popen[bytes], settings: Settings, timeout: float) -> dict[str, Any]:
+def _greet(process: HubProcess, settings: Settings, timeout: float) -> dict[str, Any]:
     """Give the hub its settings and read its one line."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -123,13 +130,3 @@ def _read_line(stream: IO[bytes], deadline: float) -> bytes | None:
             if not chunk or b"\n" in chunk:
                 return received
     return None
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

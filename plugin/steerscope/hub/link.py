@@ -3,16 +3,19 @@
 Used inside vLLM's front-end process (API server or ``LLM``). One daemon thread owns
 the socket; callers read a snapshot that is replaced, never changed, and drop events
 into a bounded queue. A hub that dies is not noticed by requests: the last snapshot
-stays in force, and the thread greets the hub again when it is back.
+stays in force, and the thread greets the hub again when it is back and tells it what the one
+before had been told.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -24,13 +27,18 @@ from steerscope.hub.protocol import (
     PROTOCOL_VERSION,
     Ack,
     Admitted,
+    Answer,
     FromFrontend,
     FromHub,
     Goodbye,
     Hello,
+    MetricsAsked,
     Policies,
+    Question,
+    Recalled,
     Refused,
     Rejected,
+    ReportAsked,
     control_address,
 )
 from steerscope.steering.interventions import Policy
@@ -39,7 +47,10 @@ from steerscope.steering.rules import Rules
 START_TIMEOUT_SECONDS = 10.0
 HELLO_EVERY_SECONDS = 1.0
 POLL_MILLISECONDS = 20
+ANSWER_TIMEOUT_SECONDS = 2.0
 MAX_WAITING_EVENTS = 10_000
+MAX_RECALLED = 10_000
+"""Admissions that a hub which replaces another is told of: the newest."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +70,11 @@ class FrontendLink:
         self._expire_times: Mapping[str, int] = {}
         self._rules = Rules()
         self._waiting: deque[FromFrontend] = deque(maxlen=MAX_WAITING_EVENTS)
+        self._admitted: OrderedDict[str, str] = OrderedDict()
+        """The thread's own: digests of what was admitted."""
+        self._lost_hub = False
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[bytes | None]]] = {}
         self._answered = threading.Event()
         self._closing = threading.Event()
         self._refusal: str | None = None
@@ -94,6 +110,20 @@ class FrontendLink:
         """Tell of a request refused. Never blocks, never raises."""
         self._waiting.append(Rejected(external_id, policy, field, reason))
 
+    async def ask(self, what: ReportAsked | MetricsAsked) -> bytes | None:
+        """The hub's answer; None if there is none, or not in time."""
+        number = next(self._numbers)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bytes | None] = loop.create_future()
+        self._asked[number] = (loop, answer)
+        self._waiting.append(Question(number, what))
+        try:
+            return await asyncio.wait_for(answer, ANSWER_TIMEOUT_SECONDS)
+        except TimeoutError:
+            return None
+        finally:
+            self._asked.pop(number, None)
+
     def close(self) -> None:
         """Say goodbye and stop the thread."""
         self._closing.set()
@@ -102,6 +132,7 @@ class FrontendLink:
     def _run(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 500)
+        partings: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(control_address(self._endpoint))
         next_hello = 0.0
         while not self._closing.is_set():
@@ -109,22 +140,41 @@ class FrontendLink:
                 next_hello = time.monotonic() + HELLO_EVERY_SECONDS
                 _send(socket, self._hello)
             while self._waiting:
-                _send(socket, self._waiting.popleft())
+                self._tell(socket, self._waiting.popleft())
+            while partings.poll(0):
+                partings.recv_multipart()
+                self._lost_hub = True
             if socket.poll(POLL_MILLISECONDS):
                 self._receive(socket)
         _send(socket, Goodbye())
+        socket.disable_monitor()
         socket.close()
+
+    def _tell(self, socket: zmq.Socket[bytes], event: FromFrontend) -> None:
+        if isinstance(event, Admitted):
+            self._admitted[event.external_id] = event.digest
+            if len(self._admitted) > MAX_RECALLED:
+                self._admitted.popitem(last=False)
+        _send(socket, event)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         try:
             message = msgspec.msgpack.decode(socket.recv(), type=FromHub)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             _log.error("steerscope: the hub sent something malformed: %s", error)
             return
+        if self._lost_hub:
+            self._lost_hub = False
+            _send(socket, Recalled(dict(self._admitted)))
         match message:
             case Policies():
                 self._take(message)
                 _send(socket, Ack(message.revision))
+            case Answer(number, body):
+                if (asked := self._asked.pop(number, None)) is not None:
+                    loop, answer = asked
+                    loop.call_soon_threadsafe(_settle, answer, body)
+                return
             case Refused(reason):
                 self._refusal = reason
                 _log.error("steerscope: the hub refused this front end: %s", reason)
@@ -136,6 +186,11 @@ class FrontendLink:
         self._expire_times = in_force.expire_times
         if in_force.rules is not None:
             self._rules = in_force.rules
+
+
+def _settle(answer: asyncio.Future[bytes | None], body: bytes | None) -> None:
+    if not answer.done():
+        answer.set_result(body)
 
 
 def _send(socket: zmq.Socket[bytes], message: FromFrontend) -> None:

@@ -9,6 +9,8 @@ structs in MessagePack.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from steerscope.steering.interventions import Intervention
@@ -36,7 +38,7 @@ class Applied(msgspec.Struct, frozen=True, tag=True):
 
     order_id: int
     request_id: str
-    position: int
+    position: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     """The first token, counted from the prompt's first, that is steered so."""
     external_id: str
 
@@ -66,7 +68,7 @@ class Order(msgspec.Struct, frozen=True, tag=True):
     policy: str
     interventions: tuple[Intervention, ...]
     max_dose: float | None
-    ttl_seconds: float
+    ttl_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
     over_bound: bool = False
     """Whether it may beat a binding."""
 

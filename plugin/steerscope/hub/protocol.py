@@ -4,11 +4,13 @@ ZeroMQ DEALER (front end) to ROUTER (hub) over ``ipc://<endpoint>/control``;
 frames travel apart, PUSH (worker) to PULL (hub) over ``ipc://<endpoint>/frames``.
 Messages are tagged msgspec structs in MessagePack.
 
-    front end → hub   Hello, Ack, Admitted, Rejected, Goodbye
-    hub → front end   Policies (whenever they change, and in answer to Hello), Refused
+    front end → hub   Hello, Ack, Admitted, Recalled, Rejected, Question, Goodbye
+    hub → front end   Policies (whenever they change, and in answer to Hello), Answer, Refused
 """
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import msgspec
 
@@ -33,7 +35,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
     version: int
     catalog_digest: str
-    pid: int
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 
 
 class Ack(msgspec.Struct, frozen=True, tag=True):
@@ -55,6 +57,12 @@ class Admitted(msgspec.Struct, frozen=True, tag=True):
     asked: str = ""
 
 
+class Recalled(msgspec.Struct, frozen=True, tag=True):
+    """What an earlier hub, which is gone, was told of requests admitted: for each its digest."""
+
+    digests: dict[str, str]
+
+
 class Rejected(msgspec.Struct, frozen=True, tag=True):
     """A request was refused; ``policy`` only when it names a known one, else ``unknown``."""
 
@@ -62,6 +70,28 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     policy: str
     field: str
     reason: str
+
+
+class ReportAsked(msgspec.Struct, frozen=True, tag=True):
+    """A request's report as JSON, once the request has ended or ``wait_seconds`` are over."""
+
+    external_id: str
+    wait_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)]
+    activations: bool
+    """Whether every token's activations are wanted."""
+
+
+class MetricsAsked(msgspec.Struct, frozen=True, tag=True):
+    """The metrics page, in a format that the HTTP header ``accept`` names."""
+
+    accept: str
+
+
+class Question(msgspec.Struct, frozen=True, tag=True):
+    """Something that the front end puts into an HTTP response; answered with ``number``."""
+
+    number: int
+    what: ReportAsked | MetricsAsked
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
@@ -82,11 +112,19 @@ class Policies(msgspec.Struct, frozen=True, tag=True):
     rules: Rules | None = None
 
 
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """To a ``Question``."""
+
+    number: int
+    body: bytes | None
+    """None where there is nothing to tell."""
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """The hub will not serve this front end (another version or catalog)."""
 
     reason: str
 
 
-FromFrontend = Hello | Ack | Admitted | Rejected | Goodbye
-FromHub = Policies | Refused
+FromFrontend = Hello | Ack | Admitted | Recalled | Rejected | Question | Goodbye
+FromHub = Policies | Answer | Refused

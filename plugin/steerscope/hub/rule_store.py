@@ -54,6 +54,12 @@ class RuleStore:
         return StoredRules(kept.rules, kept.update_time)
 
     @property
+    def override_mode(self) -> str:
+        """That of the override in force, or ``none``."""
+        override = self.current.rules.override
+        return override.mode if override is not None else "none"
+
+    @property
     def is_known(self) -> bool:
         """False from a start without the state store until it is there."""
         return self._policies.state.is_known

@@ -43,20 +43,29 @@ from steerscope.hub.fanin import FanIn
 from steerscope.hub.governance import Governance, note_overridden
 from steerscope.hub.http import application
 from steerscope.hub.live import LiveSteering
+from steerscope.hub.pages import HubPages
 from steerscope.hub.policy_store import PolicyStore
 from steerscope.hub.rule_store import RuleStore
 from steerscope.hub.services import CatalogService, SteeringService
 from steerscope.hub.storage import storage_for
 from steerscope.hub.telemetry_service import TelemetryService
+from steerscope.hub.tracing import Traced, open_export
 from steerscope.hub.watches.listening import Watches
 from steerscope.security import is_loopback
 from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
 from steerscope.telemetry.asked import AskedLog
+from steerscope.telemetry.exemplars import Exemplars
+from steerscope.telemetry.marks import Marks
 from steerscope.telemetry.observer import Observer
 from steerscope.telemetry.requests import Limits
 from steerscope.telemetry.totals import HubTotals
 
+MARKS_FILE = "marks"
+"""In the endpoint folder: how far this hub came with each worker, for the next one to know."""
+RECALL_SECONDS = 10.0
+"""So long after a hub replaced another, what a request asked may not be known yet: front ends
+greet every second, and one that did not for so long is gone."""
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_STREAMS_PER_CONNECTION = 1024
 HANDSHAKE_TIMEOUT_MILLISECONDS = 10_000
@@ -92,20 +101,21 @@ class Ports(NamedTuple):
 class Hub:
     """Everything one hub owns."""
 
-    def __init__(self, settings: Settings, endpoint: str) -> None:
+    def __init__(self, settings: Settings, endpoint: str, restarts: int = 0) -> None:
         self._settings = settings
         self._guard = guard(settings.security, settings.addresses)
         self._catalog = catalogs.load(Path(settings.catalog), settings.catalog_digest)
-        check_declared(self._catalog, settings.steering, settings.policies)
+        check_declared(self._catalog, settings)
         self._store = PolicyStore(
             self._catalog,
             settings.policies,
             settings.steering,
-            storage_for(settings.state),
+            storage_for(settings.state, Path(endpoint)),
             settings.hub.max_policies,
         )
-        totals = HubTotals()
-        self._asked = AskedLog(settings.hub.max_reports)
+        rules = RuleStore(self._store, settings.rules, settings.steering)
+        totals = HubTotals(restarts=restarts)
+        self._asked = AskedLog(settings.hub.max_reports, RECALL_SECONDS if restarts else 0.0)
         self._watches = Watches(self._catalog, self._asked, settings.model_match)
         self._auditor = Auditor(open_log(settings.audit), self._catalog, self._asked)
         self._auditor.config_loaded(settings)
@@ -115,16 +125,20 @@ class Hub:
             ttl_seconds=settings.hub.report_ttl_seconds,
             max_tokens_per_track=settings.hub.max_tokens_per_report,
         )
+        self._registry = CollectorRegistry()
+        self._otel = open_export(settings, self._registry.collect, totals)
+        bounds = instruments.bounds_for(self._catalog.signals)
+        exemplars = Exemplars(bounds.score)
         self._observer = Observer(
             self._catalog,
             limits,
-            instruments.bounds_for(self._catalog.signals),
+            bounds,
             totals,
-            Audited(self._watches, self._auditor),
+            Traced(Audited(self._watches, self._auditor), exemplars, self._otel),
             self._store.label,
             self._watches.computed,
+            Marks(Path(endpoint) / MARKS_FILE),
         )
-        self._registry = CollectorRegistry()
         self._registry.register(
             HubCollector(
                 self._catalog,
@@ -132,12 +146,28 @@ class Hub:
                 totals,
                 self._policy_labels,
                 settings.model_match,
+                lambda: rules.override_mode,
+                exemplars,
             )
         )
+        self._pages = HubPages(
+            self._catalog,
+            self._observer.ledger,
+            self._asked,
+            self._watches.waiters,
+            self._registry,
+            settings.model_match,
+        )
         self._store.expired = self._auditor.policy_expired
-        rules = RuleStore(self._store, settings.rules, settings.steering)
         self._control = ControlPlane(
-            endpoint, self._catalog.digest, self._store, rules, totals, self._asked, self._auditor
+            endpoint,
+            self._catalog.digest,
+            self._store,
+            rules,
+            totals,
+            self._asked,
+            self._pages,
+            self._auditor,
         )
         self._engines = EnginePlane(
             endpoint,
@@ -177,15 +207,7 @@ class Hub:
         await self._governance.hold()
         listener = _listen("hub.http_address", self._settings.hub.http_address)
         server, grpc_port = await self._grpc_server()
-        app = application(
-            self._catalog,
-            self._observer.ledger,
-            self._asked,
-            self._registry,
-            self._settings.model_match,
-            self._guard,
-            metrics_open=self._metrics_are_open(),
-        )
+        app = application(self._pages, self._guard, metrics_open=self._metrics_are_open())
         loops = (
             self._control.run(),
             self._governance.keep_current(),
@@ -196,7 +218,8 @@ class Hub:
             self._watch_security(),
             _serve_http(app, listener, self._guard.certificates),
         )
-        tasks = [asyncio.create_task(loop) for loop in loops]
+        exports = () if self._otel is None else (self._otel.run(),)
+        tasks = [asyncio.create_task(loop) for loop in (*loops, *exports)]
         for task in tasks:
             task.add_done_callback(_tell_if_lost)
         try:
@@ -205,6 +228,8 @@ class Hub:
             await self._health.enter_graceful_shutdown()
             await server.stop(DRAIN_SECONDS)
             await _cancel(tasks)
+            if self._otel is not None:
+                await self._otel.close()
             await self._store.state.close()
             self._control.close()
             self._engines.close()
@@ -261,9 +286,8 @@ class Hub:
             TelemetryService(
                 self._catalog,
                 self._observer.ledger,
-                self._asked,
                 self._watches,
-                self._settings.model_match,
+                self._pages,
             ),
             server,
         )

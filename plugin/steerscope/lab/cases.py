@@ -177,5 +177,5 @@ def _check(case: Case, where: str) -> None:
         raise CaseError(f"{where}: expected: a case that is not answerable has no right answer")
     try:
         re.compile(case.form or "")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise CaseError(f"{where}: form: {error}") from None

@@ -7,6 +7,7 @@ is checked here.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from steerscope.steering.stamp import ASKED, Stamp
 
 STEERING_KEY = "steering"
 REPORT_KEY = "steerscope_report"
+OUR_KEYS = (STEERING_KEY, REPORT_KEY)
 INLINE = "inline"
 UNKNOWN = "unknown"
 RESERVED_NAMES = frozenset({INLINE, UNKNOWN})
@@ -76,6 +78,23 @@ def capped(settings: SteeringSettings, spec: SteeringSpec) -> SteeringSpec:
     )
 
 
+class Wanted(enum.IntEnum):
+    """What the response is to hold."""
+
+    NOTHING = 0
+    REPORT = 1
+    ACTIVATIONS = 2
+    """The report with every token's activations."""
+
+
+def wanted(extra_args: Mapping[str, Any] | None) -> Wanted:
+    """Read the report flag; raise ``SpecError`` unless it is one of the numbers above."""
+    flag = (extra_args or {}).get(REPORT_KEY, 0)
+    if isinstance(flag, bool) or flag not in tuple(Wanted):
+        raise SpecError(REPORT_KEY, "must be 0, 1 for the report or 2 for its activations too")
+    return Wanted(flag)
+
+
 class Admission:
     """Resolves flags against the catalog and the policies in force.
 
@@ -115,10 +134,8 @@ class Admission:
     def _asked(self, extra_args: Mapping[str, Any] | None) -> Asked | None:
         extra_args = extra_args or {}
         for key in extra_args:
-            if key == REPORT_KEY:
-                raise SpecError(key, "not served in the response yet; call GetRequestReport")
-            if isinstance(key, str) and key.startswith(_OUR_PREFIX) and key != STEERING_KEY:
-                raise SpecError(key, f"not a key of ours; steering goes under {STEERING_KEY!r}")
+            if isinstance(key, str) and key.startswith(_OUR_PREFIX) and key not in OUR_KEYS:
+                raise SpecError(key, f"not a key of ours; those are {', '.join(OUR_KEYS)}")
         if STEERING_KEY not in extra_args:
             return None
         if self._refused:

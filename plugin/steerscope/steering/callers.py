@@ -10,7 +10,7 @@ from steerscope.hub.auth.denials import AccessError
 from steerscope.hub.auth.directory import Directory, IdentitiesFromFile, Shown
 from steerscope.hub.auth.identity import anonymous
 from steerscope.security import ANONYMOUS, Identity, Unauthenticated
-from steerscope.steering.headers import Headers
+from steerscope.steering.exchange import Headers
 from steerscope.steering.rules import Traits
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from steerscope.catalog.store import Catalog
 from steerscope.config import Settings
@@ -11,11 +14,24 @@ from steerscope.errors import SpecError
 from steerscope.hub.auth.denials import AccessError
 from steerscope.hub.auth.identity import authorise_spec, authorise_use
 from steerscope.hub.link import FrontendLink
+from steerscope.hub.protocol import MetricsAsked, ReportAsked
 from steerscope.security import Identity, Scope
-from steerscope.steering.admission import INLINE, STEERING_KEY, UNKNOWN, Admission, Asked
+from steerscope.steering.admission import (
+    INLINE,
+    REPORT_KEY,
+    STEERING_KEY,
+    UNKNOWN,
+    Admission,
+    Asked,
+    Wanted,
+    wanted,
+)
 from steerscope.steering.callers import Callers
-from steerscope.steering.headers import Headers
+from steerscope.steering.exchange import Exchange
 from steerscope.steering.stamp import encode
+
+REPORT_WAIT_SECONDS = 1.5
+"""How long a response waits for the hub to have seen its request end."""
 
 
 class FrontEnd:
@@ -52,22 +68,34 @@ class FrontEnd:
         self,
         external_id: str,
         extra_args: Mapping[str, Any] | None,
-        headers: Headers = (),
+        exchange: Exchange | None = None,
         lora: str = "",
     ) -> Asked | None:
-        """The steering that the request gets, or None. A refusal is counted, then raised."""
+        """The steering that the request gets, or None. A refusal is counted, then raised.
+
+        ``exchange`` is the HTTP request, if it came by HTTP; its response gets the report that the
+        flags ask for.
+        """
+        headers = exchange.headers if exchange is not None else ()
         identity = self._callers.identity(headers)
         traits = self._callers.traits(headers, identity, lora)
         try:
             asked = self._admission.resolve(extra_args, traits)
             if asked is not None and asked.by_request:
                 self._authorise(asked, identity)
+            self._note_report(external_id, wanted(extra_args), exchange)
         except SpecError as error:
             self.rejected(external_id, (extra_args or {}).get(STEERING_KEY), error)
             raise
         return asked
 
-    def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> bytes:
+    async def metrics(self, accept: str) -> bytes:
+        """The hub's metrics page in a format that ``accept`` names; empty if the hub is away."""
+        return await self._link.ask(MetricsAsked(accept)) or b""
+
+    def stamp(
+        self, external_id: str, asked: Asked | None, num_prompt_tokens: int, traceparent: str = ""
+    ) -> bytes:
         """The bytes that travel with the request. A refusal is counted, then raised."""
         try:
             made = self._admission.stamp(external_id, asked, num_prompt_tokens)
@@ -76,12 +104,28 @@ class FrontEnd:
             raise
         if asked is not None:
             self._link.admitted(external_id, made.policy, made.digest, asked.beaten)
-        return encode(made)
+        return encode(msgspec.structs.replace(made, traceparent=traceparent))
 
     def rejected(self, external_id: str, flag: object, error: SpecError) -> None:
         """Count a refusal under the policy's name if there is such a policy."""
         policy = flag if isinstance(flag, str) and flag in self._link.policies else UNKNOWN
         self._link.rejected(external_id, policy, error.field, error.reason)
+
+    def _note_report(self, external_id: str, want: Wanted, exchange: Exchange | None) -> None:
+        if want is Wanted.NOTHING:
+            return
+        if exchange is None:
+            raise SpecError(REPORT_KEY, "goes into an HTTP response; else call GetRequestReport")
+        asked = ReportAsked(external_id, REPORT_WAIT_SECONDS, want is Wanted.ACTIVATIONS)
+
+        async def report() -> dict[str, Any]:
+            found = await self._link.ask(asked)
+            if found is None:
+                return {"name": f"requests/{external_id}", "unavailable": "the hub is away"}
+            tree: dict[str, Any] = json.loads(found)
+            return tree
+
+        exchange.reports.append(report)
 
     def _authorise(self, asked: Asked, identity: Identity | None) -> None:
         """What someone who is known asks for must be allowed to them; others by the settings."""

@@ -24,7 +24,9 @@ from steerscope.errors import SpecError
 
 MAX_INTERVENTIONS = 16
 MAX_SPEC_BYTES = 64 * 1024
-POLICY_NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}$"
+MAX_POSITION = (1 << 31) - 1
+"""Of a token in a request: what an int32 of the API can say."""
+POLICY_NAME_PATTERN = r"^[a-z][a-z0-9-]{0,62}\Z"
 
 PolicyName = Annotated[str, msgspec.Meta(pattern=POLICY_NAME_PATTERN)]
 
@@ -116,7 +118,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     interventions: tuple[Intervention, ...]
     max_dose: float | None = None
     description: str = ""
-    revision: int = 0
+    revision: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
 
     @property
     def spec(self) -> SteeringSpec:
@@ -194,8 +196,11 @@ def _check_when(when: When | None) -> None:
 
 
 def _check_span(span: tuple[int, int] | None) -> None:
-    if span is not None and not 0 <= span[0] < span[1]:
-        raise SpecError("span", f"must be [start, end) with 0 <= start < end, got {list(span)}")
+    if span is not None and not 0 <= span[0] < span[1] <= MAX_POSITION:
+        raise SpecError(
+            "span",
+            f"must be [start, end) with 0 <= start < end <= {MAX_POSITION}, got {list(span)}",
+        )
 
 
 def _check_overlaps(interventions: tuple[Intervention, ...]) -> None:

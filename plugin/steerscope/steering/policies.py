@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections import Counter
 
 from steerscope.catalog.store import Catalog
-from steerscope.config import SteeringSettings
+from steerscope.config import Settings, SteeringSettings
 from steerscope.errors import ConfigError, SpecError
 from steerscope.steering.admission import RESERVED_NAMES, check_asked
 from steerscope.steering.interventions import Policy
+from steerscope.steering.rules import check
 
 
-def check_declared(
+def check_declared(catalog: Catalog, settings: Settings) -> None:
+    """Raise ``ConfigError`` naming the first policy or rule that no request could get.
+
+    Policies that the catalog ships are held to the operator's limits when they are asked for.
+    """
+    _check_policies(catalog, settings.steering, settings.policies)
+    known = {policy.name for policy in (*catalog.policies, *settings.policies)}
+    try:
+        check(settings.rules, frozenset(settings.steering.match_headers))
+        for field, name in settings.rules.policies():
+            if name not in known:
+                raise SpecError(field, f"no policy {name!r} is declared")
+    except SpecError as error:
+        raise ConfigError(f"rules.{error}") from None
+
+
+def _check_policies(
     catalog: Catalog, settings: SteeringSettings, declared: tuple[Policy, ...]
 ) -> None:
-    """Raise ``ConfigError`` naming the first policy that no request could ask for.
-
-    Those the catalog ships are held to the operator's limits when they are asked for.
-    """
     names = [policy.name for policy in (*catalog.policies, *declared)]
     for name, count in Counter(names).items():
         if count > 1:

@@ -19,7 +19,7 @@ MAX_HEADERS = 8
 MAX_TEXT_CHARACTERS = 256
 
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_CHARACTERS)]
-HeaderName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}$")]
+HeaderName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9!#$%&'*+.^_`|~-]{1,64}\Z")]
 """As HTTP/2 has them: lower case."""
 
 

@@ -40,6 +40,8 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
     """The binding's name, if one decided."""
     asked: str = ""
     """What the request itself asked for, a policy's name or ``inline``, if that was beaten."""
+    traceparent: str = ""
+    """The client's span, as ``steering.traceparent`` writes it, or empty."""
 
     @property
     def current(self) -> tuple[Intervention, ...]:
@@ -69,6 +71,7 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
             len(self.interventions),
             source,
             asked=self.policy if self.source in ASKED else self.asked,
+            traceparent=self.traceparent,
         )
 
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from steerscope.steering import traceparent
 from steerscope.steering.rules import SteeringSource
 
 FRAME_VERSION = 3
@@ -46,7 +47,7 @@ class CachedActivations(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestStart(msgspec.Struct, frozen=True, array_like=True):
-    """Told once per request, in the first frame that holds a token of it.
+    """Told once per request and hub, in the first frame that holds a token of it.
 
     ``first_position`` > 0 means the tokens before it came from the prefix cache.
     """
@@ -72,6 +73,11 @@ class RequestStart(msgspec.Struct, frozen=True, array_like=True):
     """The binding's name, if one decided."""
     asked: str = ""
     """What the request asked for itself, if something else decided."""
+    resumed_at: int | None = None
+    """Told anew, since an earlier hub, which was told of it and of the positions below this, is
+    gone. ``first_position`` is then 0: where the request began is not told again."""
+    traceparent: str = ""
+    """The client's span, as ``steering.traceparent`` writes it, or empty."""
 
 
 class RequestEnd(msgspec.Struct, frozen=True, array_like=True):
@@ -118,6 +124,8 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     query_start_loc: tuple[int, ...]
     positions: tuple[int, ...]
     sites: tuple[SiteActivations, ...]
+    told_tokens: int = 0
+    """Tokens in the frames that this worker could send before this one."""
 
 
 def encode(frame: Frame) -> bytes:
@@ -137,10 +145,16 @@ def decode(payload: bytes) -> Frame:
     starts = (0, *frame.query_start_loc)
     if frame.query_start_loc[0] != 0 or any(a > b for a, b in pairwise(starts)):
         raise msgspec.ValidationError("query_start_loc does not ascend from 0")
+    if frame.query_start_loc[-1] >= MAX_POSITION:
+        raise msgspec.ValidationError("query_start_loc is out of range")
     if any(not 0 <= position < MAX_POSITION for position in frame.positions):
         raise msgspec.ValidationError("positions are out of range")
+    if min(frame.overhead_ns, frame.dropped, frame.dropped_tokens) < 0:
+        raise msgspec.ValidationError("a count is negative")
     for start in frame.started:
         _check_start(start)
+    if any(not 0 <= change.position < MAX_POSITION for change in frame.changed):
+        raise msgspec.ValidationError("changed: position is out of range")
     if any(not 0 <= end.end < MAX_POSITION for end in frame.finished):
         raise msgspec.ValidationError("finished: end is out of range")
     for site in frame.sites:
@@ -151,6 +165,12 @@ def decode(payload: bytes) -> Frame:
 def _check_start(start: RequestStart) -> None:
     if not 0 <= start.first_position < MAX_POSITION:
         raise msgspec.ValidationError("started: first_position is out of range")
+    if not 0 <= start.num_prompt_tokens < MAX_POSITION:
+        raise msgspec.ValidationError("started: num_prompt_tokens is out of range")
+    if not 0 <= (start.resumed_at or 0) < MAX_POSITION:
+        raise msgspec.ValidationError("started: resumed_at is out of range")
+    if start.traceparent and traceparent.parse(start.traceparent) is None:
+        raise msgspec.ValidationError("started: traceparent is malformed")
     if not 0 <= start.num_external <= start.first_position:
         raise msgspec.ValidationError("started: num_external is out of range")
     if start.cached is not None:

@@ -11,8 +11,9 @@ from steerscope.catalog.store import Catalog
 from steerscope.telemetry import signals
 from steerscope.telemetry.columns import Columns
 from steerscope.telemetry.frames import Frame, decode
+from steerscope.telemetry.marks import Mark, Marks
 from steerscope.telemetry.reductions import Missing
-from steerscope.telemetry.requests import Limits, RequestLedger
+from steerscope.telemetry.requests import Limits, RequestLedger, Step
 from steerscope.telemetry.totals import Bounds, EngineTotals, FrameLoss, HubTotals
 from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score
 
@@ -31,7 +32,11 @@ class Listener(Protocol):
 
 
 class Observer:
-    """Owns the ledger and the totals of every engine that sends to this hub."""
+    """Owns the ledger and the totals of every engine that sends to this hub.
+
+    ``computed`` is told of each frame's tokens, after the starts and before the ends that the
+    same frame tells. It must return at once. ``marks`` say how far the hub before came.
+    """
 
     def __init__(
         self,
@@ -41,6 +46,8 @@ class Observer:
         totals: HubTotals,
         listener: Listener,
         policy_label: Callable[[str], str],
+        computed: Callable[[Step], object] | None = None,
+        marks: Marks | None = None,
     ) -> None:
         self._catalog = catalog
         self._columns = Columns(catalog)
@@ -49,6 +56,8 @@ class Observer:
         self._totals = totals
         self._listener = listener
         self._policy_label = policy_label
+        self._computed = computed
+        self._marks = marks or Marks()
         self._engines: dict[EngineKey, EngineTotals] = {}
 
     @property
@@ -61,7 +70,7 @@ class Observer:
         try:
             frame = decode(payload)
             self._take(frame, now_ns)
-        except (msgspec.MsgspecError, ValueError, IndexError):
+        except (msgspec.MsgspecError, ValueError, IndexError, RecursionError):
             self._totals.frames_lost[FrameLoss.MALFORMED] += 1
 
     def expire(self, now_ns: int) -> None:
@@ -72,7 +81,8 @@ class Observer:
             labels.update((s.name, Missing.UNOBSERVED) for s in self._catalog.signals)
 
     def _take(self, frame: Frame, now_ns: int) -> None:
-        engine = self._engine(EngineKey(frame.model_name, frame.engine))
+        key = EngineKey(frame.model_name, frame.engine)
+        engine = self._engine(key)
         if engine is None:
             self._totals.frames_lost[FrameLoss.TOO_MANY_ENGINES] += 1
             return
@@ -80,20 +90,24 @@ class Observer:
             engine.refuse(frame, FrameLoss.CATALOG_MISMATCH)
             return
         step = self.ledger.feed(frame, now_ns * 1e-9)
-        engine.receive(frame, now_ns)
+        engine.receive(frame, now_ns, self._marks.of(key, frame.rank))
         engine.add(step)
         for track in step.started:
-            if track.start.policy:
+            if track.start.policy and track.start.resumed_at is None:
                 engine.applied[self._policy_label(track.start.policy)] += 1
             self._listener.started(track)
+        if self._computed is not None:
+            self._computed(step)
         for track in step.finished:
             self._listener.finished(track)
+        self._marks.note(key, frame.rank, Mark.after(frame))
 
     def _engine(self, key: EngineKey) -> EngineTotals | None:
         engine = self._engines.get(key)
         if engine is None and len(self._engines) < MAX_ENGINES:
             engine = EngineTotals(self._columns, self._catalog.signals, self._bounds)
             self._engines[key] = engine
+            self.ledger.expect(key, self._marks.ranks(key))
         return engine
 
     def _score(self, track: RequestTrack) -> tuple[Score, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -80,6 +80,7 @@ class RequestLedger:
         self._ranks: dict[EngineKey, set[int]] = {}
         self._ended_at: dict[TrackKey, set[int]] = {}
         self._dropped_at: dict[tuple[TrackKey, int], int] = {}
+        self._serials = count(1)
 
     def report(self, external_id: str) -> tuple[RequestTrack, ...]:
         """Every sequence known under the client's id, in order of start; may be empty."""
@@ -97,8 +98,13 @@ class RequestLedger:
         self._ranks.setdefault(key, set()).add(frame.rank)
         step = Step(key)
         present = set(frame.request_ids)
+        for start in frame.started:
+            if start.resumed_at is not None:  # before the ends: it may have ended since
+                self._start(step, start, now)
         self._finish(step, frame, (e for e in frame.finished if e.request_id not in present), now)
         for start in frame.started:
+            if start.resumed_at is not None:
+                continue
             self._start(step, start, now)
             self._take_cached(step, start, cached.get(start.request_id, ()))
         for change in frame.changed:
@@ -107,6 +113,14 @@ class RequestLedger:
         _take(step, blocks, list(self._shares(step, frame, now)), frame.query_start_loc[-1])
         self._finish(step, frame, (e for e in frame.finished if e.request_id in present), now)
         return step
+
+    def expect(self, key: EngineKey, ranks: Iterable[int]) -> None:
+        """Workers that an earlier hub knew: a sequence only ends once all have said so."""
+        self._ranks.setdefault(key, set()).update(ranks)
+
+    def running(self) -> tuple[RequestTrack, ...]:
+        """The sequences that have not ended."""
+        return tuple(self._running.values())
 
     def expire(self, now: float) -> list[RequestTrack]:
         """Forget what is past its time; return the sequences that never finished."""
@@ -125,9 +139,12 @@ class RequestLedger:
         if key in self._running:
             return
         if key in self._finished:
+            if start.resumed_at is not None:
+                return
             self._forget(key, self._finished)
         self._make_room()
         track = RequestTrack(start, step.key, self._columns, self._limits.max_tokens_per_track, now)
+        track.serial = next(self._serials)
         self._running[key] = track
         self._by_external_id.setdefault(start.external_id, []).append(track)
         step.started.append(track)

@@ -17,6 +17,7 @@ from steerscope.steering.interventions import Intervention, Op, Phase
 from steerscope.telemetry.columns import BoolArray, Columns, Edits
 from steerscope.telemetry.frames import Frame
 from steerscope.telemetry.histograms import HistogramArray
+from steerscope.telemetry.marks import Mark
 from steerscope.telemetry.requests import BlockNews, Share, Step
 from steerscope.telemetry.tracks import RequestTrack, Unobserved
 
@@ -38,6 +39,8 @@ class FrameLoss(enum.StrEnum):
     """Why a frame's contents never counted."""
 
     NOT_SENT = "not_sent"
+    LOST = "lost"
+    """Sent, but never counted: it died with an earlier hub."""
     MALFORMED = "malformed"
     CATALOG_MISMATCH = "catalog_mismatch"
     TOO_MANY_ENGINES = "too_many_engines"
@@ -61,14 +64,10 @@ class HubTotals:
     frames_lost: Counter[FrameLoss] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     propagation_timeouts: int = 0
-
-
-@dataclass(slots=True)
-class _Worker:
-    """What one worker last said of its own losses."""
-
-    dropped: int = 0
-    dropped_tokens: int = 0
+    restarts: int = 0
+    """How many times the hub of this launch was started again."""
+    undelivered: Counter[str] = field(default_factory=Counter)
+    """What no OTLP collector took, by ``export.otlp_sender.Telemetry``; empty without one."""
 
 
 class EngineTotals:
@@ -96,22 +95,22 @@ class EngineTotals:
         """When the newest frame that counted came, on the clock of ``receive``."""
         self.frames_lost: Counter[FrameLoss] = Counter()
         self.applied: Counter[str] = Counter()
-        self._workers: dict[int, _Worker] = {}
         self._reported_lost_tokens = 0
         self._missed_tokens = 0
 
-    def receive(self, frame: Frame, now_ns: int) -> None:
-        """Count the frame itself: its delay, its cost, what its worker lost before it."""
+    def receive(self, frame: Frame, now_ns: int, since: Mark) -> None:
+        """Count the frame itself: its delay, its cost, and what its worker lost since the mark."""
         self.frames += 1
         self.last_seen_ns = now_ns
         self.lag.observe_one(0, max(now_ns - frame.monotonic_ns, 0) * 1e-9)
         self.overhead.observe_one(0, frame.overhead_ns * 1e-9)
-        worker = self._workers.setdefault(frame.rank, _Worker())
-        if frame.dropped < worker.dropped:
-            worker.dropped = worker.dropped_tokens = 0
-        self.frames_lost[FrameLoss.NOT_SENT] += frame.dropped - worker.dropped
-        self._reported_lost_tokens += max(frame.dropped_tokens - worker.dropped_tokens, 0)
-        worker.dropped, worker.dropped_tokens = frame.dropped, frame.dropped_tokens
+        if frame.dropped < since.dropped:
+            since = since._replace(dropped=0, dropped_tokens=0)
+        self.frames_lost[FrameLoss.NOT_SENT] += frame.dropped - since.dropped
+        lost = frame.step - frame.dropped - since.num_frames
+        self.frames_lost[FrameLoss.LOST] += max(lost, 0)
+        self._reported_lost_tokens += max(frame.dropped_tokens - since.dropped_tokens, 0)
+        self._reported_lost_tokens += max(frame.told_tokens - since.num_tokens, 0)
         self._settle_lost_tokens()
 
     def refuse(self, frame: Frame, reason: FrameLoss) -> None:

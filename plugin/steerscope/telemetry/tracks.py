@@ -86,7 +86,7 @@ class RequestTrack:
         self.start = start
         self.key = key
         self.columns = columns
-        self.end = start.first_position
+        self.end = start.first_position if start.resumed_at is None else start.resumed_at
         self.updated_at = now
         self.finished = False
         self.tail_lost = False
@@ -176,20 +176,23 @@ class RequestTrack:
     @property
     def is_complete(self) -> bool:
         """Every token so far was observed and kept, and none can have followed unseen."""
-        return self.end > 0 and not self.tail_lost and not self.unobserved()
+        is_whole = self.start.resumed_at is None and not self.tail_lost
+        return self.end > 0 and is_whole and not self.unobserved()
 
-    def runs(
-        self, feature: str, start: int = 0, stop: int = MAX_POSITION
-    ) -> list[tuple[int, FloatArray, FloatArray | None]]:
-        """Adjacent kept positions as (first position, activations, deltas if any was changed)."""
-        column = self.columns.index[feature]
+    def spans(self, site: int, start: int = 0, stop: int = MAX_POSITION) -> list[tuple[int, int]]:
+        """Adjacent positions that were seen at the site and are kept: from one to before other."""
         kept = min(self.end, len(self._acts_NF), self._limit, stop)
         seen = np.zeros(max(kept - start, 0) + 2, np.int8)
-        seen[1:-1] = self._seen_NS[start:kept, self.columns.site_of[column]]
+        seen[1:-1] = self._seen_NS[start:kept, site]
         edges = (start + np.flatnonzero(np.diff(seen))).tolist()
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    def runs(self, feature: str) -> list[tuple[int, FloatArray, FloatArray | None]]:
+        """Adjacent kept positions as (first position, activations, deltas if any was changed)."""
+        column = self.columns.index[feature]
         return [
             (first, self._acts_NF[first:last, column], self.steered.deltas(first, last, column))
-            for first, last in zip(edges[::2], edges[1::2], strict=True)
+            for first, last in self.spans(self.columns.site_of[column])
         ]
 
     def activations(self) -> FloatArray:
@@ -204,10 +207,13 @@ class RequestTrack:
         self._seen_NS = self._seen_NS[: self.end].copy()
 
     def _note_pass(self, sites: slice, position: int, stop: int) -> None:
-        newest = next((p for p in reversed(self.passes) if p.sites == sites), None)
-        if newest is not None and newest.stop <= position:
-            newest.stop = stop
-        elif position < stop:
+        for newest in reversed(self.passes):
+            if newest.sites == sites:
+                if newest.stop > position:
+                    break
+                newest.stop = stop
+                return
+        if position < stop:
             self.passes.append(Pass(sites, position, stop))
 
     def _mark_finite(self, block: Block, first: int, last: int, position: int) -> BoolArray:

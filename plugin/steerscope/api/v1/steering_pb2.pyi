@@ -102,8 +102,8 @@ class _PolicyOriginEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     POLICY_ORIGIN_CONFIG: _PolicyOrigin.ValueType  # 2
     """Declared in the configuration; read-only."""
     POLICY_ORIGIN_CREATED: _PolicyOrigin.ValueType  # 3
-    """Stored by CreatePolicy or UpdatePolicy. It lives as long as the hub process, or
-    in the state store where one is configured.
+    """Stored by CreatePolicy or UpdatePolicy. It lives in the state store where one is
+    configured, or else as long as the vLLM launch, also if its hub is killed.
     """
 
 class PolicyOrigin(_PolicyOrigin, metaclass=_PolicyOriginEnumTypeWrapper):
@@ -115,8 +115,8 @@ POLICY_ORIGIN_CATALOG: PolicyOrigin.ValueType  # 1
 POLICY_ORIGIN_CONFIG: PolicyOrigin.ValueType  # 2
 """Declared in the configuration; read-only."""
 POLICY_ORIGIN_CREATED: PolicyOrigin.ValueType  # 3
-"""Stored by CreatePolicy or UpdatePolicy. It lives as long as the hub process, or
-in the state store where one is configured.
+"""Stored by CreatePolicy or UpdatePolicy. It lives in the state store where one is
+configured, or else as long as the vLLM launch, also if its hub is killed.
 """
 global___PolicyOrigin = PolicyOrigin
 

@@ -62,5 +62,5 @@ def told(tensors: TensorFile, options: Options) -> hooks.Place:
             hooks.agreed("site", Site(site) if site else None, options.site),
             hooks.agreed("layer", int(layer) if layer else None, options.layer),
         )
-    except (ValueError, TypeError, CatalogError) as error:
+    except (ValueError, TypeError, OverflowError, CatalogError) as error:
         raise CatalogError(f"{tensors.path}: {error}") from None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import yaml
 
+from steerscope import yamltext
 from steerscope.errors import CatalogError
 
 _T = TypeVar("_T")
@@ -21,9 +21,9 @@ def read(path: Path, kind: type[_T]) -> _T:
     try:
         text = path.read_bytes()
         if path.suffix in {".yaml", ".yml"}:
-            return msgspec.yaml.decode(text, type=kind)
+            return msgspec.convert(yamltext.read(text), kind)
         return msgspec.json.decode(text, type=kind)
     except OSError as error:
         raise CatalogError(f"{path}: {error.strerror or error}") from None
-    except (msgspec.MsgspecError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CatalogError(f"{path}: {error}") from None

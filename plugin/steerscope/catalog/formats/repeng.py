@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from steerscope.catalog.formats import hooks
+from steerscope.catalog.formats.directions import vector
+from steerscope.catalog.formats.gguf import GgufFile
 from steerscope.catalog.formats.source import Options, Source, directions
 from steerscope.catalog.model import Activation, FeatureKind, Site
 from steerscope.errors import CatalogError
 
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
+TOLD = "general.architecture"
 
 
 @contextmanager
@@ -29,13 +29,14 @@ def open_layer(path: Path, options: Options) -> Iterator[Source]:
     """The direction of ``options.layer``."""
     if options.layer is None:
         raise CatalogError(f"{path}: which layer? name features as NAME=LAYER")
-    reader = _reader(path)
     name = f"{PREFIX}{options.layer}"
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if name not in tensors:
-        known = ", ".join(n.removeprefix(PREFIX) for n in tensors if n.startswith(PREFIX))
-        raise CatalogError(f"{path}: no {name}; there are layers {known}")
-    vector_D = _vector(path, tensors[name])
+    with GgufFile(path) as tensors:
+        if (told := tensors.metadata.get(TOLD, "")) != ARCHITECTURE:
+            raise CatalogError(f"{path}: {TOLD} is {told!r}, expected {ARCHITECTURE!r}")
+        if name not in tensors.entries:
+            layers = (n.removeprefix(PREFIX) for n in tensors.entries if n.startswith(PREFIX))
+            raise CatalogError(f"{path}: no {name}; there are layers {', '.join(layers)}")
+        vector_D = vector(tensors, name)
     yield Source(
         kind=FeatureKind.DIRECTION,
         site=hooks.agreed("site", Site.RESID_POST, options.site),
@@ -44,37 +45,5 @@ def open_layer(path: Path, options: Options) -> Iterator[Source]:
         d_sae=1,
         activation=Activation.IDENTITY,
         weights=directions(vector_D[None]),
-        provenance={"model_hint": _text(reader, f"{ARCHITECTURE}.model_hint")},
+        provenance={"model_hint": tensors.metadata.get(f"{ARCHITECTURE}.model_hint", "")},
     )
-
-
-def _reader(path: Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise CatalogError(
-            "GGUF files are read with the gguf library: pip install 'steerscope[lab]'"
-        ) from None
-    try:
-        reader = gguf.GGUFReader(path)
-    except OSError as error:
-        raise CatalogError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # on a malformed file it raises whatever numpy does
-        raise CatalogError(f"{path}: not a GGUF file, or truncated: {error}") from None
-    if (told := _text(reader, "general.architecture")) != ARCHITECTURE:
-        raise CatalogError(f"{path}: general.architecture is {told!r}, expected {ARCHITECTURE!r}")
-    return reader
-
-
-def _text(reader: Any, key: str) -> str:
-    field = reader.get_field(key)
-    return bytes(field.parts[-1]).decode("utf-8", "replace") if field and field.parts else ""
-
-
-def _vector(path: Path, tensor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    if tensor.tensor_type.name not in {"F32", "F16"} or tensor.data.ndim != 1:
-        raise CatalogError(
-            f"{path}: {tensor.name} is {tensor.tensor_type.name} {list(tensor.data.shape)}, "
-            "expected one vector of floats"
-        )
-    return np.array(tensor.data, np.float32)

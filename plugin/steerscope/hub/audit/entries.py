@@ -62,9 +62,11 @@ def encode(entry: Entry, key: bytes | None) -> bytes:
 def decode(line: bytes) -> Entry:
     """The line back; ``ValueError`` if it is none."""
     try:
-        return _decoder.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        entry = _decoder.decode(line)
+        datetime.fromisoformat(entry.time)  # of the form, and yet there may be no such day
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(printable(str(error))) from None
+    return entry
 
 
 def digest(line: bytes) -> str:

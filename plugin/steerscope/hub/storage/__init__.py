@@ -1,4 +1,4 @@
-"""Where created policies are kept: in memory, in an SQLite file, or in a Redis for a fleet."""
+"""Where created policies and rules are kept: in an SQLite file, or in a Redis for a fleet."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from steerscope import config
 from steerscope.config import StateSettings
 from steerscope.hub.storage.documents import PolicyStorage, StateError
-from steerscope.hub.storage.memory import MemoryStorage
 from steerscope.hub.storage.sqlite import SqliteStorage
 
+STATE_FILE = "state.db"
 
-def storage_for(settings: StateSettings) -> PolicyStorage:
-    """The place that the settings name, not yet open."""
+
+def storage_for(settings: StateSettings, endpoint: Path) -> PolicyStorage:
+    """The place that the settings name, not yet open; without one, a file for this launch."""
     if settings.sqlite is not None:
         return SqliteStorage(Path(settings.sqlite))
     if settings.redis is None:
-        return MemoryStorage()
+        return SqliteStorage(endpoint / STATE_FILE)
     try:
         from steerscope.hub.storage.redis import RedisStorage
     except ImportError:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
-from steerscope.errors import HubError
-from steerscope.steering.interventions import Policy
+from steerscope.errors import HubError, SpecError
+from steerscope.steering.interventions import Policy, check_spec
 from steerscope.steering.rules import Rules
 
 REQUEST_SECONDS = 3600
@@ -23,7 +23,14 @@ REQUEST_SECONDS = 3600
 MAX_REQUESTS = 10_000
 """How many such answers are kept; the oldest go first."""
 
+MAX_DIGITS = 20
+"""Of the number in a mark."""
+
 MICROSECONDS = 1_000_000
+LATEST = 253_402_300_799 * MICROSECONDS
+"""The last second that a ``Timestamp`` can say: 9999-12-31T23:59:59Z."""
+
+Moment = Annotated[int, msgspec.Meta(ge=0, le=LATEST)]
 
 
 class StateError(HubError):
@@ -46,9 +53,9 @@ class Revision(_Kept, frozen=True):
     """A policy as it was stored at one time. Times are microseconds since 1970, UTC."""
 
     policy: Policy
-    create_time: int
-    update_time: int
-    expire_time: int | None = None
+    create_time: Moment
+    update_time: Moment
+    expire_time: Moment | None = None
     annotations: dict[str, str] = {}
     features: dict[str, str] = {}
     """What the features named were when this was stored; see ``policies.feature_digest``."""
@@ -69,7 +76,7 @@ class RulesDocument(_Kept, frozen=True):
     """The rules as they were stored last."""
 
     rules: Rules
-    update_time: int
+    update_time: Moment
     """Microseconds since 1970, UTC."""
 
 
@@ -161,7 +168,7 @@ def next_mark(revision: int) -> str:
 def number(mark: str) -> int:
     """How many changes a mark stands for; ``StateError`` if it is none of ours."""
     digits = mark.partition(":")[0]
-    if not (digits.isascii() and digits.isdecimal()):
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < MAX_DIGITS):
         raise StateError(f"{mark[:40]!r} is no mark of a state")
     return int(digits)
 
@@ -179,6 +186,8 @@ def decode_document(name: str, payload: bytes, place: str) -> Document:
         raise StateError(f"{place}: policy {name[:80]!r} cannot be read: {error}") from None
     if not document.revisions or any(r.policy.name != name for r in document.revisions):
         raise StateError(f"{place}: what is kept as policy {name[:80]!r} is another one")
+    for revision in document.revisions:
+        _check(revision, f"{place}: policy {name[:80]!r}")
     return document
 
 
@@ -193,6 +202,16 @@ def decode_rules(payload: bytes, place: str) -> RulesDocument:
 def decode_answered(payload: bytes, place: str) -> Answered:
     """An answer as stored; ``StateError`` if it is none."""
     try:
-        return msgspec.json.decode(payload, type=Answered)
+        answered = msgspec.json.decode(payload, type=Answered)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StateError(f"{place}: a kept answer cannot be read: {error}") from None
+    _check(answered.revision, f"{place}: a kept answer")
+    return answered
+
+
+def _check(revision: Revision, where: str) -> None:
+    """Raise ``StateError`` unless it can be shown: its edits are edits, whatever they name."""
+    try:
+        check_spec(revision.policy.spec)
+    except SpecError as error:
+        raise StateError(f"{where} is damaged: {error}") from None

@@ -2,7 +2,8 @@
 
 Keys, all under the deployment's prefix: ``:format``, ``:mark`` and ``:rules`` (strings),
 ``:policies``, ``:answers`` (hashes) and ``:answer_times`` (a sorted set); ``:changed`` is a
-channel. A change is one script, which does nothing unless the mark is still the one it was made for.
+channel. A change is one script, which does nothing unless the mark is still the one it was made
+for.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""What is told over HTTP: metrics and reports, on the hub's own port and through front ends."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from steerscope.api.v1 import telemetry_pb2
+from steerscope.catalog.model import ModelMatch
+from steerscope.catalog.store import Catalog
+from steerscope.hub.conversions import report_message
+from steerscope.hub.watches.waiters import Waiters
+from steerscope.telemetry.asked import AskedLog
+from steerscope.telemetry.requests import RequestLedger
+
+
+class HubPages:
+    """Reads the hub's state; changes nothing. On the hub's loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        ledger: RequestLedger,
+        asked: AskedLog,
+        waiters: Waiters,
+        registry: CollectorRegistry,
+        model_match: ModelMatch,
+    ) -> None:
+        self._catalog = catalog
+        self._ledger = ledger
+        self._asked = asked
+        self._waiters = waiters
+        self._registry = registry
+        self._model_match = model_match
+
+    async def finished(
+        self, external_id: str, wait_seconds: float = 0.0, *, activations: bool = True
+    ) -> telemetry_pb2.RequestReport | None:
+        """A request's report, once it has ended or time is up; None for an unknown one."""
+        if wait_seconds > 0.0:
+            await self._waiters.until(
+                external_id, lambda: self._has_finished(external_id), wait_seconds
+            )
+        tracks = self._ledger.report(external_id)
+        if not tracks:
+            return None
+        asked = self._asked.digest(external_id)
+        return report_message(
+            external_id, tracks, self._catalog, asked, self._model_match, features=activations
+        )
+
+    async def report(
+        self, external_id: str, wait_seconds: float, activations: bool
+    ) -> bytes | None:
+        """The same as JSON."""
+        found = await self.finished(external_id, wait_seconds, activations=activations)
+        return None if found is None else json.dumps(report_tree(found)).encode()
+
+    def metrics(self, accept: str) -> bytes:
+        """The metrics page, in a format that the HTTP header ``accept`` names."""
+        encode, _ = choose_encoder(accept)
+        page: bytes = encode(self._registry)
+        return page
+
+    def _has_finished(self, external_id: str) -> bool:
+        tracks = self._ledger.report(external_id)
+        return bool(tracks) and all(track.finished for track in tracks)
+
+
+def report_tree(report: telemetry_pb2.RequestReport) -> dict[str, Any]:
+    """A report as JSON has it, with every field spelled out."""
+    tree: dict[str, Any] = MessageToDict(
+        report, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return tree
