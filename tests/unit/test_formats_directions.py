@@ -6,7 +6,6 @@ Shapes: T tokens, D width.
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -183,13 +182,3 @@ def test_a_gguf_file_cut_anywhere_is_refused(tmp_path):
         except CatalogError:
             continue
         np.testing.assert_array_equal(vector, np.ones((1, D)))  # only padding was cut
-
-
-def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
-    path = write_gguf(tmp_path / "v.gguf", {1: np.ones(D, np.float32)})
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with (
-        pytest.raises(CatalogError, match=r"steerscope\[lab\]"),
-        open_source("repeng", path, Options(layer=1)),
-    ):
-        pass

@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 MAX_DIMENSIONS = 32
 MAX_ELEMENTS = 1 << 56
-"""Of arrays, empty ones too: what numpy can address."""
+"""Of arrays: what numpy can address."""
 
 ROW_BLOCK_BYTES = 16 << 20
 """How much of a matrix is looked at before its pages are given back."""
@@ -169,6 +169,12 @@ class TensorFile:
         return _float32(np.frombuffer(self._map, _stored(entry), count, begin), entry)
 
 
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless an array can have the shape, an empty one too."""
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name!r} has a shape that no array can have")
+
+
 def _stored(entry: Entry) -> np.dtype[Any]:
     return np.dtype("<u2") if entry.dtype == _BFLOAT16 else _FLOATS[entry.dtype]
 
@@ -192,8 +198,7 @@ def _header(mapped: mmap.mmap) -> tuple[dict[str, Entry], dict[str, str]]:
 def _entry(name: str, told: dict[str, Any], data: int, length: int) -> Entry:
     begin, end = (data + int(offset) for offset in told["data_offsets"])
     entry = Entry(str(told["dtype"]), tuple(int(n) for n in told["shape"]), begin, end)
-    if len(entry.shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in entry.shape) > MAX_ELEMENTS:
-        raise ValueError(f"{name!r} has a shape that no array can have")
+    check_shape(name, entry.shape)
     size = math.prod(entry.shape) * _SIZES[entry.dtype]
     negative = min(entry.shape, default=0) < 0
     if negative or not data <= begin <= end <= length or end - begin != size:

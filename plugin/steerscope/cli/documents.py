@@ -247,13 +247,25 @@ def _from_json(text: str, where: str) -> object:
         raise ConfigError(f"{where}: malformed JSON: {error}") from None
 
 
+_MALFORMED = (
+    yaml.YAMLError,
+    ValueError,
+    RecursionError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+)
+"""What PyYAML raises for scalars that are not of the type that their tag says."""
+
+
 def _from_yaml(text: str, where: str) -> list[object]:
     try:
         return list(yaml.load_all(text, Loader=_StrictLoader))  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{where}: {line}{error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _MALFORMED as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}: malformed YAML: {reason}") from None
 

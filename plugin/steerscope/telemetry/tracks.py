@@ -240,8 +240,10 @@ class RequestTrack:
 
     def _seen_everywhere(self) -> BoolArray:
         seen: BoolArray = np.zeros(self.end, np.bool_)
-        known: BoolArray = np.all(self._seen_NS[: self.end], axis=1)
-        seen[: len(known)] = known
+        known_NS = self._seen_NS[: self.end]
+        seen[: len(known_NS)] = True
+        for site in range(known_NS.shape[1]):  # reducing short rows takes numpy 20 times as long
+            seen[: len(known_NS)] &= known_NS[:, site]
         return seen
 
 

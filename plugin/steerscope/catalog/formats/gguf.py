@@ -11,7 +11,7 @@ import mmap
 import struct
 from typing import NamedTuple
 
-from steerscope.catalog.tensors import Entry, TensorFile
+from steerscope.catalog.tensors import Entry, TensorFile, check_shape
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -81,6 +81,7 @@ class _Cursor:
 
     def _entry(self, told: _Told, data: int) -> Entry:
         """Where a tensor is; of quantised ones only that they are there."""
+        check_shape(told.name, told.shape)
         dtype, begin = DTYPES.get(told.kind, f"type {told.kind}"), data + told.offset
         size = math.prod(told.shape) * ITEM_BYTES.get(dtype, 0)
         if begin + size > len(self._mapped):

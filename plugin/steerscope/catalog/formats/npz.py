@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 
-from steerscope.catalog.tensors import Entry, TensorFile
+from steerscope.catalog.tensors import Entry, TensorFile, check_shape
 
 MAGIC = b"PK\x03\x04"
 
@@ -58,7 +58,8 @@ def _entry(mapped: mmap.mmap, member: zipfile.ZipInfo) -> Entry:
         raise ValueError(f"{name!r} is in Fortran order")
     end = start + member.file_size
     size = math.prod(shape) * int(dtype[2:]) if dtype[2:].isdecimal() else -1
-    if end > len(mapped) or end - begin != size:
+    check_shape(name, shape)
+    if not 0 <= member.header_offset < begin <= end <= len(mapped) or end - begin != size:
         raise ValueError(f"{name!r} lies outside the file or has another size than its shape")
     return Entry(DTYPES.get(dtype, dtype), shape, begin, end)
 
