@@ -108,8 +108,10 @@ class RedisSettings(_Settings, frozen=True):
 
 
 class StateSettings(_Settings, frozen=True):
-    """Where created policies and rules are kept: in the one place named, or in the endpoint
-    folder, from where they outlive the hub but not the launch.
+    """Where created policies and rules are kept.
+
+    In the one place named, or else in the endpoint folder: there they outlive the hub, but not
+    the launch.
     """
 
     sqlite: str | None = None

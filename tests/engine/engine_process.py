@@ -21,6 +21,8 @@ from typing import Any
 NUM_LAST_STEPS = 3
 """Steps without tokens, which a core in a process of its own takes too: they tell of ends."""
 MUTATION_ENV = "TEST_MUTATION"
+HEALTHY_ENV = "TEST_HUB_HEALTHY_SECONDS"
+"""After how long a hub that ends is started again at once, for tests that kill it often."""
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -115,6 +117,10 @@ def _serve(model: str, engine_args: dict[str, Any]) -> None:
         import mutations
 
         mutations.plant(mutation)
+    if healthy := os.environ.get(HEALTHY_ENV):
+        from steerscope.hub import supervision
+
+        supervision.HEALTHY_SECONDS = float(healthy)
     preemptions = []
     preempt = Scheduler._preempt_request
     Scheduler._preempt_request = lambda self, request, *args, **kwargs: (

@@ -109,7 +109,8 @@ def test_a_hub_that_ends_leaves_what_others_put_in_its_folder(settings, tmp_path
         assert json.loads(line)["ready"] is True
         process.terminate()
         assert process.wait(10) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"notes", "marks", "state.db"} <= left  # for the next hub of this launch
 
 
 def test_malformed_settings_are_told_on_the_ready_line(tmp_path):
@@ -226,10 +227,10 @@ def test_a_link_outlives_its_hub_and_finds_the_next_one(settings, catalog, tmp_p
         link.admitted("r", "force-known", "d")
         assert set(link.policies) == {"force-known", "first"}
     with run_by_hand(settings, tmp_path) as (_, line):
-        eventually(lambda: set(link.policies) == {"force-known"}, 10)
         with Client(f"127.0.0.1:{json.loads(line)['grpc_port']}") as client:
+            client.delete_policy("first")
             client.create_policy("second", [{"feature": "known", "add": 1.0}])
-        assert set(link.policies) == {"force-known", "second"}
+        eventually(lambda: set(link.policies) == {"force-known", "second"}, 10)
     link.close()
 
 

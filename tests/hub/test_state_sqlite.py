@@ -1,6 +1,7 @@
 """Created policies in an SQLite file: what outlives a hub, and what a hub refuses to touch."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sqlite3
@@ -88,23 +89,26 @@ def test_policies_their_history_and_answers_outlive_a_killed_hub(kept, catalog):
 
 
 def test_no_acknowledged_change_is_lost_when_the_hub_is_killed_while_it_writes(kept):
-    acknowledged = []
+    acknowledged, done = [], threading.Event()
 
-    def write(client, round_):
-        for i in range(1000):
-            try:
-                acknowledged.append(client.create_policy(f"p-{round_}-{i}", [CLAMP]))
-            except HubError:
+    def write(client):
+        for i in itertools.count():
+            if done.is_set():
                 return
+            with contextlib.suppress(HubError):
+                acknowledged.append(client.create_policy(f"p-{i}", [CLAMP]))
 
-    for round_ in range(5):
-        with running(kept) as (hub, client):
-            writer = threading.Thread(target=write, args=(client, round_))
-            writer.start()
+    with running(kept) as (hub, client):
+        writer = threading.Thread(target=write, args=(client,))
+        writer.start()
+        for round_ in range(1, 6):
             enough = len(acknowledged) + 5 + 7 * round_
-            hub_world.eventually(lambda: len(acknowledged) >= enough, 20)  # noqa: B023
-            kill(hub)
-            writer.join()
+            hub_world.eventually(lambda: len(acknowledged) >= enough, 40)  # noqa: B023
+            hub.process.kill()
+            hub_world.eventually(lambda: hub.restarts == round_, 10)  # noqa: B023
+        done.set()
+        writer.join()
+        hub.stop()
     with running(kept) as (_, client):
         found = {policy.name: policy for policy in client.list_policies("origin=created")}
     assert len(acknowledged) > 40

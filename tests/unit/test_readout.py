@@ -1,13 +1,17 @@
 """What a worker tells the hub, and what it does when it cannot."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
+import zmq
 from steerscope.catalog import store
 from steerscope.engine.plan import RequestInfo, StepLayout
-from steerscope.engine.readout import Readout, Source
+from steerscope.engine.readout import FrameSender, Readout, Source
 from steerscope.engine.roster import Arrival, Roster
 from steerscope.engine.taps import SiteTap, StepRows
+from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import parse_spec
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry import frames
@@ -15,11 +19,16 @@ from steerscope.telemetry.frames import RequestEnd
 
 
 class Wire:
-    """Takes frames, or does not."""
+    """Takes frames, or does not; ``lost`` once the hub at its end is gone."""
 
     def __init__(self):
         self.open = True
+        self.lost = False
         self.sent = []
+
+    def has_lost_hub(self):
+        lost, self.lost = self.lost, False
+        return lost
 
     def send(self, payload):
         if self.open:
@@ -103,6 +112,33 @@ def test_with_the_hub_gone_for_good_nothing_piles_up(readout, wire):
     assert (last.dropped, last.finished, last.started) == (100, (RequestEnd("a", 7),), ())
 
 
+def test_a_hub_that_is_gone_is_followed_by_one_that_is_told_of_running_requests(readout, wire):
+    emit(readout, ("a", 2, 3), ("b", 0, 2))
+    wire.lost = True
+    emit(readout, ("a", 5, 1), ("c", 0, 4))
+    emit(readout, ("b", 2, 1))
+    emit(readout, ("a", 6, 1), ("b", 3, 1), ("c", 4, 1))
+    told = [{s.request_id: (s.first_position, s.resumed_at) for s in f.started} for f in wire.sent]
+    assert told == [
+        {"a": (2, None), "b": (0, None)},
+        {"a": (0, 5), "c": (0, None)},
+        {"b": (0, 2)},
+        {},
+    ]
+    assert [f.told_tokens for f in wire.sent] == [0, 5, 10, 11]
+
+
+def test_an_end_is_told_to_a_hub_that_never_knew_the_request(readout, wire):
+    emit(readout, ("a", 0, 3), ("b", 0, 2))
+    wire.lost = True  # while the step runs in which "a" was said to have ended
+    emit(readout, ("c", 0, 1), finished=["a"])
+    emit(readout, finished=["b"])
+    emit(readout, finished=["c"])
+    started = [[(s.request_id, s.resumed_at) for s in f.started] for f in wire.sent[1:]]
+    assert started == [[("a", 7), ("c", None)], [("b", 7)], []]
+    assert [[e.request_id for e in f.finished] for f in wire.sent[1:]] == [["a"], ["b"], ["c"]]
+
+
 def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
     site[0].acts_TF = None
     emit(readout, ("a", 0, 2))
@@ -125,3 +161,27 @@ def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):
     assert 0 < len(tokens) < 5
     assert (doses > 0.0).all()
     assert (deltas[:, [0, 2, 3]] == 0.0).all()
+
+
+def test_what_waits_for_a_hub_goes_to_the_next_one_in_order(tmp_path):
+    with zmq.Context() as context:
+
+        def hub():
+            socket = context.socket(zmq.PULL)
+            socket.setsockopt(zmq.RCVTIMEO, 10_000)
+            socket.bind(frames_address(str(tmp_path)))
+            return socket
+
+        sender = FrameSender(str(tmp_path))
+        with hub() as first:
+            assert sender.send(b"a")
+            assert first.recv() == b"a"
+            assert not sender.has_lost_hub()
+        deadline = time.monotonic() + 10
+        while not sender.has_lost_hub():
+            assert time.monotonic() < deadline
+        assert not sender.has_lost_hub()
+        assert sender.send(b"b")
+        assert sender.send(b"c")
+        with hub() as second:
+            assert [second.recv(), second.recv()] == [b"b", b"c"]

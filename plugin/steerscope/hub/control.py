@@ -40,6 +40,8 @@ from steerscope.telemetry.totals import HubTotals, Outcome
 
 MAX_QUESTION_SECONDS = 10.0
 ACK_TIMEOUT_SECONDS = 2.0
+GREETING_SECONDS = 2.5
+"""How long front ends and engines take to find a new hub: they greet every second."""
 SILENT_AFTER_SECONDS = 10.0
 """A front end greets every second; one that did not for so long is not waited for."""
 
@@ -83,7 +85,10 @@ class ControlPlane:
         asked: AskedLog,
         pages: Pages,
         auditor: Auditor,
+        *,
+        is_restarted: bool = False,
     ) -> None:
+        self._all_greeted_at = time.monotonic() + (GREETING_SECONDS if is_restarted else 0.0)
         self._auditor = auditor
         self._pages = pages
         self._answering: set[asyncio.Task[None]] = set()
@@ -112,7 +117,12 @@ class ControlPlane:
             await asyncio.sleep(0)  # a flood must not starve the other tasks
 
     async def publish(self) -> bool:
-        """Push the policies; whether every live front end acked them in time."""
+        """Push the policies; whether every live front end acked them in time.
+
+        A hub that replaced another first lets front ends and engines find it: nothing may be
+        answered that one of them does not know.
+        """
+        await asyncio.sleep(self._all_greeted_at - time.monotonic())
         wanted = self._store.revision
         await self.push()
         async with self._acked:

@@ -125,8 +125,7 @@ class Hub:
             ttl_seconds=settings.hub.report_ttl_seconds,
             max_tokens_per_track=settings.hub.max_tokens_per_report,
         )
-        self._registry = CollectorRegistry()
-        self._otel = open_export(settings, self._registry.collect, totals)
+        self._otel = open_export(settings, lambda: collector.snapshot(), totals)
         bounds = instruments.bounds_for(self._catalog.signals)
         exemplars = Exemplars(bounds.score)
         self._observer = Observer(
@@ -139,17 +138,17 @@ class Hub:
             self._watches.computed,
             Marks(Path(endpoint) / MARKS_FILE),
         )
-        self._registry.register(
-            HubCollector(
-                self._catalog,
-                self._observer,
-                totals,
-                self._policy_labels,
-                settings.model_match,
-                lambda: rules.override_mode,
-                exemplars,
-            )
+        collector = HubCollector(
+            self._catalog,
+            self._observer,
+            totals,
+            self._policy_labels,
+            settings.model_match,
+            lambda: rules.override_mode,
+            exemplars,
         )
+        self._registry = CollectorRegistry()
+        self._registry.register(collector)
         self._pages = HubPages(
             self._catalog,
             self._observer.ledger,
@@ -168,6 +167,7 @@ class Hub:
             self._asked,
             self._pages,
             self._auditor,
+            is_restarted=restarts > 0,
         )
         self._engines = EnginePlane(
             endpoint,

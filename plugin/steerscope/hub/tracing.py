@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from steerscope import config
 from steerscope.config import Settings
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def open_export(
-    settings: Settings, collect: Callable[[], Iterable[Metric]], totals: HubTotals
+    settings: Settings, snapshot: Callable[[], Collector], totals: HubTotals
 ) -> OtelExport | None:
     """The exporter that the settings ask for; raises ``ConfigError`` if it cannot be had."""
     if settings.otel is None:
@@ -30,10 +30,8 @@ def open_export(
     try:
         from steerscope.export.opentelemetry import OtelExport
     except ImportError as error:
-        raise ConfigError(
-            f"otel: {error.name or error} is not installed; it comes with steerscope[otel]"
-        ) from None
-    return OtelExport(settings.otel, headers, collect, totals.undelivered)
+        raise ConfigError(f"otel: {error}; what it needs comes with steerscope[otel]") from None
+    return OtelExport(settings.otel, headers, snapshot, totals.undelivered)
 
 
 class Traced:
