@@ -32,6 +32,9 @@ def add_commands(
     parser.add_argument(
         "--wait", type=_wait, default=0.0, metavar="S", help="for its end, at most 30"
     )
+    parser.add_argument(
+        "--feature", action="append", default=[], metavar="NAME", help="show these only"
+    )
     parser.set_defaults(run=lambda arguments, _: _report(arguments))
 
 
@@ -45,6 +48,8 @@ def _wait(text: str) -> float:
 def _report(arguments: argparse.Namespace) -> int:
     with connected(arguments) as client:
         report = client.get_request_report(plain_request(arguments.request), wait=arguments.wait)
+        if arguments.feature:
+            _keep(report, arguments.feature)
         if arguments.output is not Format.TABLE:
             show(tree_of(report), arguments.output)
             return 0
@@ -52,6 +57,14 @@ def _report(arguments: argparse.Namespace) -> int:
     for line in lines(report, signals):
         print(line)
     return 0
+
+
+def _keep(report: telemetry_pb2.RequestReport, features: Sequence[str]) -> None:
+    """Leave the other features out."""
+    for completion in report.completions:
+        kept = [track for track in completion.features if track.feature in features]
+        del completion.features[:]
+        completion.features.extend(kept)
 
 
 def lines(

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -111,11 +112,12 @@ def _write(events: Iterable[Any], watch: Watch[Any], how: Format) -> None:
 
 def _show_live(events: Iterable[Any], watch: Watch[Any], what: str) -> None:
     """A table that is kept current; plain lines where rich is not installed."""
-    rows = _ROWS[what]
-    view: Any = _Values() if what == "activations" else _Newest(rows)
-    with _screen(what, view, watch) as refresh:
+    view: Any = _Values() if what == "activations" else _Newest(_ROWS[what])
+    lock = threading.Lock()
+    with _screen(what, view, watch, lock) as refresh:
         for event in events:
-            view.take(event)
+            with lock:
+                view.take(event)
             refresh()
 
 
@@ -143,7 +145,7 @@ class _Values:
         self.fresh: list[Row] = []
 
     def take(self, event: Any) -> None:
-        for track in event.features:
+        for track in filter(lambda track: track.activations, event.features):
             key = (clean(event.request_id), clean(track.feature))
             values = self._values.pop(key, None) or deque(maxlen=VALUES_SHOWN)
             values.extend(enumerate(track.activations, track.first_position))
@@ -162,7 +164,10 @@ class _Values:
 
 
 @contextmanager
-def _screen(what: str, view: Any, watch: Watch[Any]) -> Iterator[Callable[[], None]]:
+def _screen(
+    what: str, view: Any, watch: Watch[Any], lock: threading.Lock
+) -> Iterator[Callable[[], None]]:
+    """What to call after each event. A thread of rich's draws, under the lock."""
     try:
         from rich.live import Live
         from rich.table import Table
@@ -174,7 +179,9 @@ def _screen(what: str, view: Any, watch: Watch[Any]) -> Iterator[Callable[[], No
     def drawn() -> Table:
         caption = f"missed {watch.missed}, gaps {watch.gaps}; Ctrl-C ends"
         table = Table(*_HEADERS[what], caption=caption, expand=True)
-        for row in view.table():
+        with lock:
+            rows = view.table()
+        for row in rows:
             table.add_row(*map(Text, row))
         return table
 
