@@ -7,11 +7,10 @@ API is not stable yet; whatever of ours touches it is here and in ``otlp_events`
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from opentelemetry.exporter.otlp.proto.http import _log_exporter as http_logs
 from opentelemetry.exporter.otlp.proto.http import metric_exporter as http_metrics
 from opentelemetry.sdk._logs import (
     LoggerProvider,
-    LogRecordLimits,
     LogRecordProcessor,
     ReadableLogRecord,
     ReadWriteLogRecord,
@@ -31,7 +29,7 @@ from opentelemetry.sdk._logs import (
 from opentelemetry.sdk._logs.export import LogRecordExporter
 from opentelemetry.sdk.metrics.export import MetricExporter
 from opentelemetry.sdk.resources import Resource
-from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from steerscope import __version__
 from steerscope.config import OtelSettings
@@ -43,13 +41,10 @@ from steerscope.telemetry.tracks import RequestTrack
 
 REQUEST_TIMEOUT_SECONDS = 5
 POINTS_PER_REQUEST = 4096
-"""Collectors take 4 MiB in a message unless told otherwise; a point is well below 1 KiB."""
-MAX_ATTRIBUTE_LENGTH = 1024
+"""Over gRPC, where 4 MiB are the most unless a collector is told otherwise."""
 FLUSH_SECONDS = 2.0
 """How long the hub's end waits for the collector."""
 _POLL_SECONDS = 0.02
-
-Collect = Callable[[], Iterable[Metric]]
 
 
 class OtelExport:
@@ -58,7 +53,7 @@ class OtelExport:
     Args:
         settings: where to send.
         headers: to send along; they may be secret.
-        collect: what a scrape finds.
+        snapshot: makes a collector of what a scrape would find now.
         lost: counts what was given up, by ``otlp_sender.Telemetry``.
     """
 
@@ -66,19 +61,15 @@ class OtelExport:
         self,
         settings: OtelSettings,
         headers: Mapping[str, str],
-        collect: Collect,
+        snapshot: Callable[[], Collector],
         lost: Counter[str],
     ) -> None:
         self._interval_seconds = settings.interval_seconds
-        self._collect = collect
+        self._snapshot = snapshot
         self._resource = resource_of(settings)
         self._start_ns = time.time_ns()
         self._sender = Sender(*_exporters(settings, headers), lost)
-        provider = LoggerProvider(
-            self._resource,
-            shutdown_on_exit=False,
-            log_record_limits=LogRecordLimits(max_attribute_length=MAX_ATTRIBUTE_LENGTH),
-        )
+        provider = LoggerProvider(self._resource, shutdown_on_exit=False)
         provider.add_log_record_processor(_ToSender(self._sender))
         self._logger = provider.get_logger(SCOPE.name, SCOPE.version)
 
@@ -102,11 +93,9 @@ class OtelExport:
         self._sender.abandon()
 
     def _offer_metrics(self) -> None:
-        families = list(self._collect())  # here, since the totals are the loop's
-        period = Period(self._start_ns, time.time_ns())
-        self._sender.offer_metrics(
-            functools.partial(metrics_data, families, self._resource, period)
-        )
+        """The numbers are copied here, since they are the loop's; the rest is for the thread."""
+        snapshot, period = self._snapshot(), Period(self._start_ns, time.time_ns())
+        self._sender.offer_metrics(lambda: metrics_data(snapshot.collect(), self._resource, period))
 
 
 class _ToSender(LogRecordProcessor):
@@ -184,7 +173,5 @@ def _over_http(
         "timeout": REQUEST_TIMEOUT_SECONDS,
         "compression": Compression.Gzip,
     }
-    metrics = http_metrics.OTLPMetricExporter(
-        f"{base}/v1/metrics", **common, max_export_batch_size=POINTS_PER_REQUEST
-    )
+    metrics = http_metrics.OTLPMetricExporter(f"{base}/v1/metrics", **common)
     return metrics, http_logs.OTLPLogExporter(f"{base}/v1/logs", **common)

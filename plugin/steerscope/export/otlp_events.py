@@ -36,6 +36,9 @@ POLICY = "steerscope.steering.policy"
 COMPLETE = "steerscope.complete"
 """Whether every token of the sequence was observed."""
 
+MAX_ID_LENGTH = 1024
+"""Clients name their requests, and a batch of events must not outgrow what collectors take."""
+
 
 def emit(logger: Logger, track: RequestTrack, time_ns: int) -> None:
     """One event for each signal that the sequence has a score for."""
@@ -61,11 +64,11 @@ def emit(logger: Logger, track: RequestTrack, time_ns: int) -> None:
 
 def _common(track: RequestTrack) -> dict[str, str | bool]:
     common: dict[str, str | bool] = {
-        RESPONSE_ID: track.start.external_id,
+        RESPONSE_ID: track.start.external_id[:MAX_ID_LENGTH],
         REQUEST_MODEL: track.key.model_name,
         PROVIDER: "vllm",
         ENGINE: track.key.engine,
-        SEQUENCE: track.start.request_id,
+        SEQUENCE: track.start.request_id[:MAX_ID_LENGTH],
         COMPLETE: track.is_complete,
     }
     return {**common, POLICY: track.policy} if track.policy else common

@@ -6,8 +6,10 @@ the catalog declares: rules never see an absent series.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -53,6 +55,13 @@ class Totals(Protocol):
         """The totals of each engine heard of so far."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Still:
+    """Totals that nobody adds to."""
+
+    engines: Mapping[EngineKey, EngineTotals]
+
+
 class HubCollector(Collector):
     """Turns totals into metric families.
 
@@ -76,6 +85,20 @@ class HubCollector(Collector):
         self._totals = totals
         self._hub = hub
         self._policies = policies
+
+    def snapshot(self) -> HubCollector:
+        """A collector of what this one would collect now, which another thread may read later."""
+        policies, override = list(self._policies()), self._override()
+        engines = {key: _still(totals) for key, totals in self._totals.engines.items()}
+        return HubCollector(
+            self._catalog,
+            _Still(engines),
+            copy.deepcopy(self._hub),
+            lambda: policies,
+            self._model_match,
+            lambda: override,
+            copy.deepcopy(self._exemplars),
+        )
 
     def collect(self) -> Iterator[Metric]:
         """Every family, also those without a sample yet."""
@@ -156,6 +179,11 @@ class HubCollector(Collector):
         catalog = (document.name, document.version, self._catalog.digest)
         family.add_metric((__version__, *catalog, self._model_match), 1)
         return family
+
+
+def _still(totals: EngineTotals) -> EngineTotals:
+    """A copy of the numbers; what they are of never changes, and is shared."""
+    return copy.deepcopy(totals, {id(o): o for o in (totals.columns, totals.signals)})
 
 
 def _features(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
