@@ -1,13 +1,13 @@
 # The two commands of the README are `make demo` and `make test`; each sets up .venv by itself.
 SHELL := /bin/bash
 BIN := .venv/bin
-SOURCES := plugin/steerscope tests
+SOURCES := plugin/steerscope tests dashboards
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve oracle test-matrix fmt lint type protos
+.PHONY: help setup demo test fuzz serve oracle test-matrix fmt lint type protos dashboards dashboards-previews
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 setup: ## make .venv (vLLM for CPU, the plugin, the tools)
 	@scripts/setup.sh
@@ -24,6 +24,10 @@ test: setup ## all tests
 oracle: setup ## every exactness suite in full, one JSON line each (about 20 minutes on two cores)
 	@$(BIN)/python tests/engine/suites.py $(SUITES)
 
+fuzz: setup ## fuzz every decoder, guided by coverage (half an hour; RUNS=20000 for a short run)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[fuzz]"
+	@$(BIN)/python tests/fuzz/fuzz_run.py $(if $(RUNS),--runs $(RUNS)) $(TARGETS)
+
 test-matrix: setup ## the seams and parity on several releases of vLLM
 	@scripts/test_matrix.sh $(VERSIONS)
 
@@ -31,16 +35,25 @@ fmt: setup ## format the code
 	@$(BIN)/ruff check --fix -q $(SOURCES)
 	@$(BIN)/ruff format -q $(SOURCES)
 
-lint: setup ## ruff, import contracts, protos and their generated code
+lint: setup ## ruff, import contracts, protos, and whether what is generated is up to date
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint proto
 	@$(BIN)/buf breaking proto --against proto/baseline.binpb
 	@scripts/generate_protos.sh --check
+	@scripts/generate_dashboards.sh --check
 
 type: setup ## mypy, strict
 	@$(BIN)/mypy
+	@scripts/generate_dashboards.sh --types
 
 protos: setup ## regenerate plugin/steerscope/api from proto/
 	@scripts/generate_protos.sh
+
+dashboards: setup ## regenerate dashboards/generated (Grafana, rules) from dashboards/settings.yaml
+	@scripts/generate_dashboards.sh
+
+dashboards-previews: setup ## draw dashboards/previews from a real Prometheus (PROMETHEUS=url for your own)
+	@scripts/install_prometheus.sh
+	@$(BIN)/python tests/dashboards/make_previews.py $(PROMETHEUS)

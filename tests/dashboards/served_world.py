@@ -1,0 +1,78 @@
+"""The embedded model behind a real vLLM, asked questions; a real Prometheus scrapes both ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import observed_world
+import openai
+from steerscope.demo import world
+from steerscope.demo.live.asking import Asker
+from steerscope.demo.live.server import DemoServer
+
+WARM_UP_SECONDS = 25.0
+ROUND = (
+    ("known", None),
+    ("unknown", None),
+    ("known", "force-unknown"),
+    ("unknown", "force-known"),
+)
+"""Which names are asked about in turn, and under which policy."""
+MISTAKE = "no-such-policy"
+PAUSE_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def running(
+    server: DemoServer, folder: Path, generated: Path, seconds: float = WARM_UP_SECONDS
+) -> Iterator[str]:
+    """A Prometheus that has seen so many seconds of questions; they go on inside the block."""
+    ports = (server.metrics_port, server.http_port)
+    with (
+        observed_world.prometheus(folder / "prometheus", generated, *ports) as url,
+        questions(server),
+    ):
+        time.sleep(seconds)
+        yield url
+
+
+@contextlib.contextmanager
+def questions(server: DemoServer) -> Iterator[None]:
+    """Ask until the block ends, and now and then under a policy that does not exist."""
+    stopping = threading.Event()
+    failures: list[BaseException] = []
+
+    def drive() -> None:
+        try:
+            asyncio.run(_ask(server, stopping))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(60)
+    assert not failures, failures
+
+
+async def _ask(server: DemoServer, stopping: threading.Event) -> None:
+    async with Asker(server) as asker:
+        for number in itertools.count():
+            if stopping.is_set():
+                return
+            for split, policy in ROUND:
+                asked = [q.question for q in world.questions(split, "en", 2, number)]
+                await asker.ask_all(asked, policy)
+            if number % 10 == 0:
+                with contextlib.suppress(openai.BadRequestError):
+                    await asker.ask(asked[0], MISTAKE)
+            await asyncio.sleep(PAUSE_SECONDS)
