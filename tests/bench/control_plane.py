@@ -1,0 +1,227 @@
+"""200 operators beside a serving engine: what they wait, and what serving loses.
+
+    python tests/bench/control_plane.py [--clients 200] [--period 5] [--windows 6] [--seconds 10]
+
+Windows with and without the clients alternate in one run against one real server. Serving is a
+closed loop of streams of chats; each client has a connection of its own and calls once in
+``period`` seconds, at its own moments; some keep a watch open. One JSON object comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+NUM_STREAMS = 8
+NUM_WATCHING = 20
+PAUSE_SECONDS = 1.0
+"""Between windows; not measured."""
+
+
+def serve_load(base_url: str, stop: Any, completed: Any) -> None:
+    """Chats one after another in each stream; counts generated tokens."""
+    from steerscope.demo import world
+    from steerscope.demo.live.server import MODEL_NAME
+
+    questions = [q.question for q in world.questions("known", "en", 64, 5)]
+
+    async def stream(client: httpx.AsyncClient, number: int) -> None:
+        turn = number
+        while not stop.is_set():
+            turn += NUM_STREAMS
+            reply = await client.post(
+                "/v1/chat/completions",
+                json={
+                    "model": MODEL_NAME,
+                    "messages": [{"role": "user", "content": questions[turn % 64]}],
+                    "temperature": 0,
+                    "max_tokens": 64,
+                    "ignore_eos": True,
+                    "vllm_xargs": {"steering": "force-known"} if turn % 4 == 0 else {},
+                },
+            )
+            reply.raise_for_status()
+            with completed.get_lock():
+                completed.value += reply.json()["usage"]["completion_tokens"]
+
+    async def body() -> None:
+        async with httpx.AsyncClient(base_url=base_url, timeout=60) as client:
+            await asyncio.gather(*(stream(client, i) for i in range(NUM_STREAMS)))
+
+    asyncio.run(body())
+
+
+def operate(
+    address: str, num_clients: int, period: float, stop: Any, active: Any, out: Any
+) -> None:
+    """All clients of one process; latencies in seconds and errors go to ``out``."""
+    import grpc
+    from steerscope.api.v1 import catalog_pb2 as c
+    from steerscope.api.v1 import catalog_pb2_grpc as cg
+    from steerscope.api.v1 import steering_pb2 as s
+    from steerscope.api.v1 import steering_pb2_grpc as sg
+    from steerscope.api.v1 import telemetry_pb2 as t
+    from steerscope.api.v1 import telemetry_pb2_grpc as tg
+
+    latencies: dict[str, list[float]] = {}
+    errors: Counter[str] = Counter()
+
+    async def client(number: int) -> None:
+        rng = random.Random(number)
+        options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+        async with grpc.aio.insecure_channel(address, options) as channel:
+            catalog = cg.CatalogServiceStub(channel)
+            steering = sg.SteeringServiceStub(channel)
+            telemetry = tg.TelemetryServiceStub(channel)
+            watching = None
+            if number < NUM_WATCHING:
+                watching = asyncio.create_task(watch(telemetry))
+            mine = s.Policy(interventions=[{"feature": "known_entity", "clamp": 2.0}])
+            name = f"bench-{number}"
+            calls = {
+                "GetFeature": lambda: catalog.GetFeature(
+                    c.GetFeatureRequest(name="features/known_entity")
+                ),
+                "ListFeatures": lambda: catalog.ListFeatures(c.ListFeaturesRequest(page_size=10)),
+                "GetPolicy": lambda: steering.GetPolicy(
+                    s.GetPolicyRequest(name="policies/force-known")
+                ),
+                "GetRules": lambda: steering.GetRules(s.GetRulesRequest()),
+                "UpdatePolicy": lambda: steering.UpdatePolicy(
+                    s.UpdatePolicyRequest(
+                        policy=s.Policy(
+                            name=f"policies/{name}",
+                            description=str(rng.random()),
+                            interventions=mine.interventions,
+                        ),
+                        allow_missing=True,
+                    )
+                ),
+                "SteerRequest": lambda: steering.SteerRequest(
+                    s.SteerRequestRequest(
+                        name=f"requests/{name}", policy="policies/force-known", ttl={"seconds": 1}
+                    )
+                ),
+                "GetRequestReport": lambda: telemetry.GetRequestReport(
+                    t.GetRequestReportRequest(name="requests/nobody")
+                ),
+            }
+            weights = [20, 10, 20, 10, 5, 5, 30]
+            while not stop.is_set():
+                await asyncio.sleep(rng.expovariate(1 / period))
+                if not active.is_set() or stop.is_set():
+                    continue
+                (kind,) = rng.choices(list(calls), weights)
+                began = time.perf_counter()
+                try:
+                    await calls[kind]()
+                except grpc.RpcError as error:
+                    code = error.code()
+                    if kind != "GetRequestReport" or code is not grpc.StatusCode.NOT_FOUND:
+                        errors[f"{kind} {code.name}"] += 1
+                latencies.setdefault(kind, []).append(time.perf_counter() - began)
+            if watching is not None:
+                watching.cancel()
+
+    async def watch(telemetry: Any) -> None:
+        async for _ in telemetry.WatchRequests(t.WatchRequestsRequest()):
+            pass
+
+    async def body() -> None:
+        await asyncio.gather(*(client(i) for i in range(num_clients)))
+
+    asyncio.run(body())
+    out.put((latencies, dict(errors)))
+
+
+def ratio_interval(with_clients: list[float], without: list[float]) -> tuple[float, float, float]:
+    """Mean ratio of neighbouring windows and its 95% interval (normal, over the pairs)."""
+    ratios = [a / b for a, b in zip(with_clients, without, strict=True)]
+    mean = statistics.mean(ratios)
+    half = 1.96 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
+    return mean, mean - half, mean + half
+
+
+def main() -> int:
+    """Run it; see above."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--period", type=float, default=5.0)
+    parser.add_argument("--windows", type=int, default=6, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    arguments = parser.parse_args()
+    from steerscope.demo.live import server
+
+    context = get_context("spawn")
+    folder = Path(tempfile.mkdtemp(prefix="control-"))
+    with server.running(folder) as running:
+        stop, active = context.Event(), context.Event()
+        completed, out = context.Value("q", 0), context.Queue()
+        processes = [
+            context.Process(target=serve_load, args=(running.base_url, stop, completed)),
+            context.Process(
+                target=operate,
+                args=(running.grpc_address, arguments.clients, arguments.period, stop, active, out),
+            ),
+        ]
+        for process in processes:
+            process.start()
+        time.sleep(10)  # warm
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for window in range(2 * arguments.windows):
+            is_on = window % 2 == 1
+            (active.set if is_on else active.clear)()
+            time.sleep(PAUSE_SECONDS)
+            before, began = completed.value, time.perf_counter()
+            time.sleep(arguments.seconds)
+            rates[is_on].append((completed.value - before) / (time.perf_counter() - began))
+        stop.set()
+        active.set()
+        latencies, errors = out.get(timeout=120)
+        for process in processes:
+            process.join(60)
+    every = np.array([each for kind in latencies.values() for each in kind])
+    mean, low, high = ratio_interval(rates[True], rates[False])
+    print(
+        json.dumps(
+            {
+                "clients": arguments.clients,
+                "period_seconds": arguments.period,
+                "calls": len(every),
+                "calls_per_second": len(every) / (arguments.windows * arguments.seconds),
+                "errors": errors,
+                "p50_ms": 1e3 * float(np.quantile(every, 0.5)),
+                "p99_ms": 1e3 * float(np.quantile(every, 0.99)),
+                "max_ms": 1e3 * float(every.max()),
+                "p99_ms_by_call": {
+                    kind: round(1e3 * float(np.quantile(values, 0.99)), 2)
+                    for kind, values in sorted(latencies.items())
+                },
+                "tokens_per_second": {
+                    "without": [round(rate, 1) for rate in rates[False]],
+                    "with": [round(rate, 1) for rate in rates[True]],
+                },
+                "throughput_ratio": [round(each, 4) for each in (mean, low, high)],
+            },
+            indent=2,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
