@@ -216,7 +216,7 @@ def load_file(path: Path) -> Settings:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return from_tree(tree, base=path.resolve().parent, where=str(path))
+    return from_tree(tree, base=path.absolute().parent, where=str(path))
 
 
 def from_tree(tree: Any, *, base: Path, where: str) -> Settings:
