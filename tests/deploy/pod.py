@@ -105,10 +105,11 @@ class Pod:
         places = [*IMAGE, *(mount["mountPath"] for mount in self._container["volumeMounts"])]
         for parent in sorted({str(up) for place in places for up in Path(place).parents[:-1]}):
             yield from ("--perms", "0755", "--dir", parent)
-        for place, source in IMAGE.items():
-            yield from ("--ro-bind", str(source), place)
+        # Volumes first: the checkout may lie in the folder that one of them takes the place of.
         for mount in self._container["volumeMounts"]:
             yield from self._mounted(mount)
+        for place, source in IMAGE.items():
+            yield from ("--ro-bind", str(source), place)
         yield from ("--chdir", "/home/vllm", "--remount-ro", "/")
         yield from ("--setenv", "PATH", f"{VENV / 'bin'}:/usr/bin:/bin")
         for variable in self._container["env"]:

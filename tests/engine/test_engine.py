@@ -213,7 +213,7 @@ def test_a_policy_made_over_grpc_can_be_used_at_once_and_is_gone_when_deleted(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"catalog": "/nowhere"}, "no folder /nowhere"),
+        ({"catalog": "/nowhere"}, "no folder '/nowhere'"),
         ({"catalogue": "x"}, "unknown field `catalogue`"),
         (
             {"policies": [{"name": "p", "interventions": []}]},
