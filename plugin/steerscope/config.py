@@ -12,6 +12,7 @@ The file named by ``STEERSCOPE_CONFIG``, or the same tree under
     security: {}                    # who may do what; see security.py
     state: {sqlite: state.db}       # or redis; relative to the file; absent: this launch only
     otel: {endpoint: "http://127.0.0.1:4317"}   # a collector to send to; absent: none
+    canary: {base_url: "http://127.0.0.1:8000", checks: {...}}   # absent: none
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import msgspec
 
 from steerscope import security as access
 from steerscope import yamltext
-from steerscope.catalog.model import ModelMatch
+from steerscope.catalog.model import LabelSlug, ModelMatch, Slug
 from steerscope.errors import ConfigError, HubError
 from steerscope.steering.interventions import MAX_INTERVENTIONS, Policy
 from steerscope.steering.rules import HeaderName, Rules
@@ -46,6 +47,7 @@ _HEADER = re.compile(r"[A-Za-z0-9._-]{1,128}=[\x20-\x7e]{1,8192}")
 
 Address = Annotated[str, msgspec.Meta(pattern=r"^.+:\d{1,5}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Prompt = Annotated[str, msgspec.Meta(min_length=1, max_length=10_000)]
 _ResourceKey = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_.]{0,127}$")]
 
 
@@ -86,6 +88,56 @@ class TelemetrySettings(_Settings, frozen=True):
 
     max_cache_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
     """Host memory per worker for activations beside the KV cache; see ``engine/slots.py``."""
+    drift_window_seconds: Annotated[float, msgspec.Meta(ge=10, le=604_800)] = 900.0
+    """Drift is measured over the newest so many seconds."""
+
+
+class CanaryCheck(_Settings, frozen=True):
+    """Questions whose answers are known to light up certain signals."""
+
+    prompts: Annotated[tuple[_Prompt, ...], msgspec.Meta(min_length=1)]
+    """Asked in turn, one each time."""
+    expect: Annotated[dict[Slug, LabelSlug], msgspec.Meta(min_length=1)]
+    """The label that each of these signals must have."""
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16
+
+
+class CanarySettings(_Settings, frozen=True):
+    """Synthetic requests on a timer, which prove that signals still tell what they should.
+
+    The hub asks the server it belongs to, as a client does. These requests are counted apart:
+    they are in no metric of features or signals.
+    """
+
+    base_url: str
+    """Of the server, without ``/v1``."""
+    checks: Annotated[dict[Slug, CanaryCheck], msgspec.Meta(min_length=1, max_length=32)]
+    model: str = ""
+    """Empty for the served one."""
+    api: Literal["chat", "completions"] = "chat"
+    api_key_env: str | None = None
+    """Names the environment variable, of the launcher, that holds the server's API key."""
+    ca_file: str | None = None
+    """Whom an ``https`` server must be vouched for by; the system's by default. Absolute once
+    loaded."""
+    interval_seconds: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 60.0
+    timeout_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 30.0
+    """For the answer, and again for what was seen of it."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("base_url: must be a URL that begins with http:// or https://")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError(
+                "base_url: must be a scheme, a host, a port and a path only: name the variable "
+                "that holds a key in api_key_env"
+            )
+        is_near = access.is_loopback(f"{parts.hostname}:{parts.port or 80}")
+        if parts.scheme == "http" and self.api_key_env is not None and not is_near:
+            raise ValueError("base_url: is not encrypted, and the API key would travel: use https")
+        if parts.scheme == "http" and self.ca_file is not None:
+            raise ValueError("ca_file: contradicts base_url, which is http")
 
 
 class RedisSettings(_Settings, frozen=True):
@@ -200,6 +252,7 @@ class Settings(_Settings, frozen=True):
     audit: AuditSettings = AuditSettings()
     security: access.Security = access.Security()
     otel: OtelSettings | None = None
+    canary: CanarySettings | None = None
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -238,8 +291,11 @@ def from_tree(tree: Any, *, base: Path, where: str) -> Settings:
     otel = settings.otel
     if otel is not None and otel.ca_file is not None:
         otel = msgspec.structs.replace(otel, ca_file=str((base / otel.ca_file).absolute()))
+    canary = settings.canary
+    if canary is not None and canary.ca_file is not None:
+        canary = msgspec.structs.replace(canary, ca_file=str((base / canary.ca_file).absolute()))
     settings = msgspec.structs.replace(
-        settings, catalog=str(catalog), state=state, audit=audit, otel=otel
+        settings, catalog=str(catalog), state=state, audit=audit, otel=otel, canary=canary
     )
     return _secured(settings, base, where)
 
@@ -318,6 +374,15 @@ def otel_headers(settings: OtelSettings, environ: Mapping[str, str] = os.environ
         if not separator or not _HEADER.fullmatch(f"{name}={unquote(value)}"):
             raise ConfigError(f"otel.headers_env: {settings.headers_env} is not name=value,...")
     return headers
+
+
+def canary_key(settings: CanarySettings, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key in the variable that the settings name; ``ConfigError`` if it is not set."""
+    if settings.api_key_env is None:
+        return None
+    if not environ.get(settings.api_key_env):
+        raise ConfigError(f"canary.api_key_env: {settings.api_key_env} is not set")
+    return environ[settings.api_key_env]
 
 
 def redis_password(settings: RedisSettings, environ: Mapping[str, str] = os.environ) -> str | None:

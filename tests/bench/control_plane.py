@@ -1,6 +1,6 @@
 """200 operators beside a serving engine: what they wait, and what serving loses.
 
-    python tests/bench/control_plane.py [--clients 200] [--period 5] [--windows 6] [--seconds 10]
+    python tests/bench/control_plane.py [--clients 200] [--period 10] [--windows 6] [--seconds 10]
 
 Windows with and without the clients alternate in one run against one real server. Serving is a
 closed loop of streams of chats; each client has a connection of its own and calls once in
@@ -26,8 +26,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-NUM_STREAMS = 8
-NUM_WATCHING = 20
+NUM_STREAMS = 4
+NUM_WATCHING = 5
 PAUSE_SECONDS = 1.0
 """Between windows; not measured."""
 
@@ -90,7 +90,7 @@ def operate(
             watching = None
             if number < NUM_WATCHING:
                 watching = asyncio.create_task(watch(telemetry))
-            mine = s.Policy(interventions=[{"feature": "known_entity", "clamp": 2.0}])
+            mine = s.Policy(interventions=[{"feature": "unknown_entity", "clamp": 2.0}])
             name = f"bench-{number}"
             calls = {
                 "GetFeature": lambda: catalog.GetFeature(
@@ -132,7 +132,7 @@ def operate(
                 except grpc.RpcError as error:
                     code = error.code()
                     if kind != "GetRequestReport" or code is not grpc.StatusCode.NOT_FOUND:
-                        errors[f"{kind} {code.name}"] += 1
+                        errors[f"{kind} {code.name}: {error.details()}"] += 1
                 latencies.setdefault(kind, []).append(time.perf_counter() - began)
             if watching is not None:
                 watching.cancel()
@@ -160,7 +160,7 @@ def main() -> int:
     """Run it; see above."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--period", type=float, default=5.0)
+    parser.add_argument("--period", type=float, default=10.0)
     parser.add_argument("--windows", type=int, default=6, help="of each kind")
     parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()

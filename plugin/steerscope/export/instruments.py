@@ -174,6 +174,50 @@ PROPAGATION_TIMEOUTS = Instrument(
     "{timeout}",
     "Policy changes that a live front end did not confirm in time.",
 )
+FEATURE_DRIFT_PSI = Instrument(
+    "steerscope_feature_drift_psi",
+    Kind.GAUGE,
+    "1",
+    "Population stability index of each feature's activations over the newest window (15 minutes "
+    "by default) against the catalog's baseline, tokens of steered and of canary requests left "
+    "out; absent while the window has fewer than 1000 tokens. By custom 0.25 is a large shift.",
+    (*ENGINE, "feature", "phase"),
+)
+FEATURE_DRIFT_KS = Instrument(
+    "steerscope_feature_drift_ks",
+    Kind.GAUGE,
+    "1",
+    "Kolmogorov-Smirnov distance at the edges of the baseline's bins, of the same tokens.",
+    (*ENGINE, "feature", "phase"),
+)
+FEATURE_DRIFT_TOKENS = Instrument(
+    "steerscope_feature_drift_tokens",
+    Kind.GAUGE,
+    "{token}",
+    "Tokens in the window that drift is measured over.",
+    (*ENGINE, "feature", "phase"),
+)
+CANARY_RUNS = Instrument(
+    "steerscope_canary_runs_total",
+    Kind.COUNTER,
+    "{run}",
+    "Synthetic requests of each check of the canary, by what came of them.",
+    ("canary", "outcome"),
+)
+CANARY_LAST_SUCCESS = Instrument(
+    "steerscope_canary_last_success_timestamp_seconds",
+    Kind.GAUGE,
+    "s",
+    "When the check passed last, in seconds since 1970; 0 for never since the hub started.",
+    ("canary",),
+)
+CANARY_SCORE = Instrument(
+    "steerscope_canary_score_ratio",
+    Kind.GAUGE,
+    "1",
+    "Score of each signal in the check's newest run that has one.",
+    ("canary", "signal"),
+)
 BUILD_INFO = Instrument(
     "steerscope_build_info",
     Kind.GAUGE,
@@ -204,6 +248,12 @@ INSTRUMENTS = (
     HUB_RESTARTS,
     OTEL_DROPPED,
     PROPAGATION_TIMEOUTS,
+    FEATURE_DRIFT_PSI,
+    FEATURE_DRIFT_KS,
+    FEATURE_DRIFT_TOKENS,
+    CANARY_RUNS,
+    CANARY_LAST_SUCCESS,
+    CANARY_SCORE,
     BUILD_INFO,
 )
 

@@ -33,6 +33,8 @@ ENGINE = "steerscope.engine"
 SEQUENCE = "steerscope.sequence.id"
 """vLLM's internal id, which tells the several completions of one request apart."""
 POLICY = "steerscope.steering.policy"
+CANARY = "steerscope.canary"
+"""There, and true, where no user asked but the canary."""
 COMPLETE = "steerscope.complete"
 """Whether every token of the sequence was observed."""
 
@@ -71,6 +73,8 @@ def _common(track: RequestTrack) -> dict[str, str | bool]:
         SEQUENCE: track.start.request_id[:MAX_ID_LENGTH],
         COMPLETE: track.is_complete,
     }
+    if track.is_canary:
+        common[CANARY] = True
     return {**common, POLICY: track.policy} if track.policy else common
 
 

@@ -34,7 +34,15 @@ from steerscope.telemetry import exemplars as telemetry
 from steerscope.telemetry.exemplars import Exemplars
 from steerscope.telemetry.histograms import HistogramArray
 from steerscope.telemetry.reductions import Missing
-from steerscope.telemetry.totals import PHASES, EngineTotals, FrameLoss, HubTotals, Outcome
+from steerscope.telemetry.totals import (
+    PHASES,
+    CanaryOutcome,
+    CanaryTotals,
+    EngineTotals,
+    FrameLoss,
+    HubTotals,
+    Outcome,
+)
 from steerscope.telemetry.tracks import EngineKey, Unobserved
 
 Labels = tuple[str, ...]
@@ -116,6 +124,8 @@ class HubCollector(Collector):
         yield _counter(names.OTEL_DROPPED, undelivered)
         yield _counter(names.PROPAGATION_TIMEOUTS, [((), self._hub.propagation_timeouts)])
         yield self._steering_override()
+        yield from _drift(engines)
+        yield from _canaries(self._hub.canaries)
         yield self._build_info()
 
     def _signals(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
@@ -166,16 +176,14 @@ class HubCollector(Collector):
         yield overhead
 
     def _steering_override(self) -> Metric:
-        instrument, in_force = names.STEERING_OVERRIDE, self._override()
-        family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+        family, in_force = _gauge(names.STEERING_OVERRIDE), self._override()
         for mode in (NO_OVERRIDE, *OverrideMode):
             family.add_metric((mode,), float(mode == in_force))
         return family
 
     def _build_info(self) -> Metric:
         document = self._catalog.document
-        instrument = names.BUILD_INFO
-        family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+        family = _gauge(names.BUILD_INFO)
         catalog = (document.name, document.version, self._catalog.digest)
         family.add_metric((__version__, *catalog, self._model_match), 1)
         return family
@@ -228,13 +236,45 @@ def _steering(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric
     yield dose
 
 
+def _drift(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
+    instruments = (names.FEATURE_DRIFT_PSI, names.FEATURE_DRIFT_KS, names.FEATURE_DRIFT_TOKENS)
+    psi, ks, tokens = map(_gauge, instruments)
+    for engine, totals in engines:
+        for found in totals.drift.measure(time.monotonic()):
+            labels = (*engine, found.feature, found.phase)
+            tokens.add_metric(labels, found.num_tokens)
+            if found.psi is not None and found.ks is not None:
+                psi.add_metric(labels, found.psi)
+                ks.add_metric(labels, found.ks)
+    yield from (psi, ks, tokens)
+
+
+def _canaries(canaries: Mapping[str, CanaryTotals]) -> Iterator[Metric]:
+    runs = [
+        ((name, outcome), canary.runs[outcome])
+        for name, canary in canaries.items()
+        for outcome in CanaryOutcome
+    ]
+    yield _counter(names.CANARY_RUNS, runs)
+    last, scores = _gauge(names.CANARY_LAST_SUCCESS), _gauge(names.CANARY_SCORE)
+    for name, canary in canaries.items():
+        last.add_metric((name,), canary.last_success)
+        for signal, score in canary.scores.items():
+            scores.add_metric((name, signal), score)
+    yield last
+    yield scores
+
+
 def _last_seen(engines: Sequence[tuple[Labels, EngineTotals]]) -> Metric:
-    instrument, now = names.ENGINE_LAST_SEEN, time.monotonic_ns()
-    family = GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
+    family, now = _gauge(names.ENGINE_LAST_SEEN), time.monotonic_ns()
     for engine, totals in engines:
         if totals.frames:  # else all of them were refused, and none counted
             family.add_metric(engine, max(now - totals.last_seen_ns, 0) * 1e-9)
     return family
+
+
+def _gauge(instrument: Instrument) -> GaugeMetricFamily:
+    return GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
 
 
 def _counter(instrument: Instrument, samples: Iterable[tuple[Labels, float]]) -> Metric:

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc.aio
 import uvicorn
@@ -28,7 +28,7 @@ from steerscope.api.v1 import (
     telemetry_pb2_grpc,
 )
 from steerscope.catalog import store as catalogs
-from steerscope.config import Settings
+from steerscope.config import CanarySettings, Settings
 from steerscope.errors import HubError
 from steerscope.export import instruments
 from steerscope.export.prometheus import HubCollector
@@ -51,6 +51,7 @@ from steerscope.hub.storage import storage_for
 from steerscope.hub.telemetry_service import TelemetryService
 from steerscope.hub.tracing import Traced, open_export
 from steerscope.hub.watches.listening import Watches
+from steerscope.hub.watches.waiters import Waiters
 from steerscope.security import is_loopback
 from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
@@ -58,8 +59,11 @@ from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.exemplars import Exemplars
 from steerscope.telemetry.marks import Marks
 from steerscope.telemetry.observer import Observer
-from steerscope.telemetry.requests import Limits
-from steerscope.telemetry.totals import HubTotals
+from steerscope.telemetry.requests import Limits, RequestLedger
+from steerscope.telemetry.totals import CanaryTotals, HubTotals
+
+if TYPE_CHECKING:
+    from steerscope.hub.canary import Canary
 
 MARKS_FILE = "marks"
 """In the endpoint folder: how far this hub came with each worker, for the next one to know."""
@@ -137,6 +141,11 @@ class Hub:
             self._store.label,
             self._watches.computed,
             Marks(Path(endpoint) / MARKS_FILE),
+            lambda external_id: self._canary is not None and self._canary.is_ours(external_id),
+            settings.telemetry.drift_window_seconds,
+        )
+        self._canary = _canary(
+            settings.canary, self._observer.ledger, self._watches.waiters, totals.canaries
         )
         collector = HubCollector(
             self._catalog,
@@ -218,8 +227,8 @@ class Hub:
             self._watch_security(),
             _serve_http(app, listener, self._guard.certificates),
         )
-        exports = () if self._otel is None else (self._otel.run(),)
-        tasks = [asyncio.create_task(loop) for loop in (*loops, *exports)]
+        extras = [extra.run() for extra in (self._otel, self._canary) if extra is not None]
+        tasks = [asyncio.create_task(loop) for loop in (*loops, *extras)]
         for task in tasks:
             task.add_done_callback(_tell_if_lost)
         try:
@@ -320,6 +329,20 @@ def _bind_grpc(server: grpc.aio.Server, address: str, certificates: Certificates
     except RuntimeError as error:
         raise HubError(f"hub.grpc_address: {address}: {error}") from None
     return port
+
+
+def _canary(
+    settings: CanarySettings | None,
+    ledger: RequestLedger,
+    waiters: Waiters,
+    totals: dict[str, CanaryTotals],
+) -> Canary | None:
+    """The canary that the settings ask for; a hub without one starts without an HTTP client."""
+    if settings is None:
+        return None
+    from steerscope.hub.canary import Canary
+
+    return Canary(settings, ledger.report, waiters, totals)
 
 
 def _listen(field: str, address: str) -> socket.socket:

@@ -1,11 +1,11 @@
-"""The policies an operator declares: checked against the catalog before anything starts."""
+"""What an operator declares: checked against the catalog before anything starts."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from steerscope.catalog.store import Catalog
-from steerscope.config import Settings, SteeringSettings
+from steerscope.config import CanarySettings, Settings, SteeringSettings
 from steerscope.errors import ConfigError, SpecError
 from steerscope.steering.admission import RESERVED_NAMES, check_asked
 from steerscope.steering.interventions import Policy
@@ -13,7 +13,7 @@ from steerscope.steering.rules import check
 
 
 def check_declared(catalog: Catalog, settings: Settings) -> None:
-    """Raise ``ConfigError`` naming the first policy or rule that no request could get.
+    """Raise ``ConfigError`` naming the first policy, rule or expectation that cannot hold.
 
     Policies that the catalog ships are held to the operator's limits when they are asked for.
     """
@@ -26,6 +26,20 @@ def check_declared(catalog: Catalog, settings: Settings) -> None:
                 raise SpecError(field, f"no policy {name!r} is declared")
     except SpecError as error:
         raise ConfigError(f"rules.{error}") from None
+    if settings.canary is not None:
+        _check_canary(catalog, settings.canary)
+
+
+def _check_canary(catalog: Catalog, canary: CanarySettings) -> None:
+    labels = {s.name: [band.label for band in s.labels] for s in catalog.signals}
+    for name, asked in canary.checks.items():
+        for signal, label in asked.expect.items():
+            where = f"canary.checks.{name}.expect.{signal}"
+            if signal not in labels:
+                raise ConfigError(f"{where}: no signal {signal!r} in the catalog")
+            if label not in labels[signal]:
+                known = ", ".join(labels[signal])
+                raise ConfigError(f"{where}: no label {label!r} (there are {known})")
 
 
 def _check_policies(

@@ -22,6 +22,7 @@ from steerscope.telemetry.frames import SiteActivations, acts_TF, edits
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

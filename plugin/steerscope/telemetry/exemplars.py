@@ -33,7 +33,7 @@ class Exemplars:
     def note(self, track: RequestTrack, time_ns: int) -> None:
         """Take the scores of a sequence that ended."""
         trace = traceparent.parse(track.start.traceparent)
-        if trace is None or not trace.is_sampled:
+        if track.is_canary or trace is None or not trace.is_sampled:
             return
         for scored in track.scores:
             if scored.score is not None:

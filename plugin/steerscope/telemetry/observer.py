@@ -16,6 +16,7 @@ from steerscope.telemetry.reductions import Missing
 from steerscope.telemetry.requests import Limits, RequestLedger, Step
 from steerscope.telemetry.totals import Bounds, EngineTotals, FrameLoss, HubTotals
 from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score
+from steerscope.telemetry.windows import DriftWindow
 
 MAX_ENGINES = 1024
 """Engines that one hub keeps apart; frames of further ones are refused and counted."""
@@ -35,7 +36,9 @@ class Observer:
     """Owns the ledger and the totals of every engine that sends to this hub.
 
     ``computed`` is told of each frame's tokens, after the starts and before the ends that the
-    same frame tells. It must return at once. ``marks`` say how far the hub before came.
+    same frame tells. It must return at once. ``marks`` say how far the hub before came,
+    ``is_canary`` whether a request, by the client's id, is the canary's; drift is measured over
+    the newest ``drift_seconds``.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Observer:
         policy_label: Callable[[str], str],
         computed: Callable[[Step], object] | None = None,
         marks: Marks | None = None,
+        is_canary: Callable[[str], bool] = lambda _: False,
+        drift_seconds: float = 900.0,
     ) -> None:
         self._catalog = catalog
         self._columns = Columns(catalog)
@@ -58,6 +63,8 @@ class Observer:
         self._policy_label = policy_label
         self._computed = computed
         self._marks = marks or Marks()
+        self._is_canary = is_canary
+        self._drift_seconds = drift_seconds
         self._engines: dict[EngineKey, EngineTotals] = {}
 
     @property
@@ -77,6 +84,8 @@ class Observer:
         """Forget old reports. A sequence that never finished counts as unobserved."""
         for track in self.ledger.expire(now_ns * 1e-9):
             track.tail_lost = True
+            if track.is_canary:
+                continue
             labels = self._engines[track.key].labels
             labels.update((s.name, Missing.UNOBSERVED) for s in self._catalog.signals)
 
@@ -90,8 +99,10 @@ class Observer:
             engine.refuse(frame, FrameLoss.CATALOG_MISMATCH)
             return
         step = self.ledger.feed(frame, now_ns * 1e-9)
+        for track in step.started:
+            track.is_canary = self._is_canary(track.start.external_id)
         engine.receive(frame, now_ns, self._marks.of(key, frame.rank))
-        engine.add(step)
+        engine.add(step, now_ns)
         for track in step.started:
             if track.start.policy and track.start.resumed_at is None:
                 engine.applied[self._policy_label(track.start.policy)] += 1
@@ -105,7 +116,9 @@ class Observer:
     def _engine(self, key: EngineKey) -> EngineTotals | None:
         engine = self._engines.get(key)
         if engine is None and len(self._engines) < MAX_ENGINES:
-            engine = EngineTotals(self._columns, self._catalog.signals, self._bounds)
+            baselines = self._catalog.document.baselines
+            window = DriftWindow(baselines, self._columns, self._drift_seconds)
+            engine = EngineTotals(self._columns, self._catalog.signals, self._bounds, window)
             self._engines[key] = engine
             self.ledger.expect(key, self._marks.ranks(key))
         return engine

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from steerscope.telemetry.histograms import HistogramArray
 from steerscope.telemetry.marks import Mark
 from steerscope.telemetry.requests import BlockNews, Share, Step
 from steerscope.telemetry.tracks import RequestTrack, Unobserved
+from steerscope.telemetry.windows import DriftWindow
 
 PHASES = (Phase.PROMPT, Phase.GENERATION)
 OPS = tuple(Op)
@@ -33,6 +34,20 @@ class Outcome(enum.StrEnum):
     APPLIED = "applied"
     OVERRULED = "overruled"
     """A rule beat what the request asked for, this policy; another one may count as admitted."""
+
+
+class CanaryOutcome(enum.StrEnum):
+    """What became of a synthetic request of ours."""
+
+    PASSED = "passed"
+    UNEXPECTED = "unexpected"
+    """A signal's label was another one than the check expects."""
+    UNSCORED = "unscored"
+    """It was seen, and a signal has no score."""
+    UNREPORTED = "unreported"
+    """It was answered, and nothing of it was seen."""
+    FAILED = "failed"
+    """The server refused it, or did not answer in time."""
 
 
 class FrameLoss(enum.StrEnum):
@@ -58,6 +73,17 @@ class Bounds:
 
 
 @dataclass(slots=True)
+class CanaryTotals:
+    """What came of one check of the canary."""
+
+    runs: Counter[CanaryOutcome] = field(default_factory=Counter)
+    last_success: float = 0.0
+    """When it passed last, in seconds since 1970; 0 for never."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of the newest run that has any, by signal."""
+
+
+@dataclass(slots=True)
 class HubTotals:
     """What comes from no engine: front ends, and frames that cannot be told apart."""
 
@@ -68,18 +94,27 @@ class HubTotals:
     """How many times the hub of this launch was started again."""
     undelivered: Counter[str] = field(default_factory=Counter)
     """What no OTLP collector took, by ``export.otlp_sender.Telemetry``; empty without one."""
+    canaries: dict[str, CanaryTotals] = field(default_factory=dict)
+    """By the check's name; empty without a canary."""
 
 
 class EngineTotals:
-    """Everything counted for one engine since the hub first heard of it."""
+    """Everything counted for one engine since the hub first heard of it.
 
-    def __init__(self, columns: Columns, signals: Sequence[Signal], bounds: Bounds) -> None:
+    What the canary asks is in none of the features' and signals' numbers, only in those of
+    tokens and frames.
+    """
+
+    def __init__(
+        self, columns: Columns, signals: Sequence[Signal], bounds: Bounds, drift: DriftWindow
+    ) -> None:
         num_features = len(columns.features)
         self.columns = columns
         self.signals = tuple(signals)
         self.activation = HistogramArray(bounds.activation, 2 * num_features)
         """Series of feature c in phase p is ``2 * c + p``."""
         self.active = np.zeros((num_features, 2), np.int64)
+        self.drift = drift
         self.steered = np.zeros((num_features, len(OPS)), np.int64)
         self.observed = np.zeros(2, np.int64)
         self.cached = 0
@@ -118,7 +153,7 @@ class EngineTotals:
         self.frames_lost[reason] += 1
         self.unobserved[Unobserved.CATALOG_MISMATCH] += frame.query_start_loc[-1]
 
-    def add(self, step: Step) -> None:
+    def add(self, step: Step, now_ns: int) -> None:
         """Count what the step brought."""
         for reason, count in step.unobserved.items():
             if reason is Unobserved.DROPPED_FRAME:
@@ -127,7 +162,7 @@ class EngineTotals:
                 self.unobserved[reason] += count
         self._settle_lost_tokens()
         for news in step.blocks:
-            self._add_acts(news)
+            self._add_acts(news, now_ns * 1e-9)
             if news.block.edits is not None:
                 self._add_edits(news, news.block.edits)
         for track in step.finished:
@@ -135,6 +170,8 @@ class EngineTotals:
 
     def add_scores(self, track: RequestTrack) -> None:
         """Count a finished sequence's signals."""
+        if track.is_canary:
+            return
         for series, score in enumerate(track.scores):
             self.labels[score.signal, score.label] += 1
             if score.score is not None:
@@ -145,20 +182,25 @@ class EngineTotals:
         lost = max(self._missed_tokens, self._reported_lost_tokens)
         self.unobserved[Unobserved.DROPPED_FRAME] = lost
 
-    def _add_acts(self, news: BlockNews) -> None:
+    def _add_acts(self, news: BlockNews, now: float) -> None:
         generated_T = news.generated_T
         self.observed += np.bincount(generated_T[news.completed_T], minlength=2)
         self.cached += int(news.completed_T.sum()) * news.cached
-        acts_nF = news.block.acts_TF[news.fresh_T]
+        asked_T = _without(news.fresh_T, news.shares, lambda track: track.is_canary)
+        acts_nF = news.block.acts_TF[asked_T]
         if not len(acts_nF):
             return
-        phase_n = generated_T[news.fresh_T].astype(np.intp)
+        phase_n = generated_T[asked_T].astype(np.intp)
         first, stop = news.block.columns.start, news.block.columns.stop
         series_nF = 2 * np.arange(first, stop)[None, :] + phase_n[:, None]
         self.activation.observe(series_nF.ravel(), acts_nF.ravel())
         active_nF = acts_nF > 0.0
         for phase in (0, 1):
             self.active[first:stop, phase] += active_nF[phase_n == phase].sum(axis=0)
+        as_it_is_T = _without(asked_T, news.shares, lambda track: bool(track.interventions))
+        for phase, in_phase_T in enumerate((~generated_T, generated_T)):
+            acts = news.block.acts_TF[as_it_is_T & in_phase_T]
+            self.drift.add(phase, news.block.columns, acts, now)
 
     def _add_edits(self, news: BlockNews, edits: Edits) -> None:
         changed_TF = (edits.deltas_TF != 0.0) & news.fresh_T[:, None]
@@ -179,6 +221,19 @@ class EngineTotals:
                 covered = _covered(intervention, share, len(changed_nF))
                 changed = changed_nF[:, column - columns.start] & covered
                 self.steered[column, OPS.index(intervention.op)] += int(changed.sum())
+
+
+def _without(
+    of_T: BoolArray, shares: Iterable[Share], is_left_out: Callable[[RequestTrack], bool]
+) -> BoolArray:
+    """Those tokens, less the ones of some sequences (bool [T])."""
+    left_out = [share for share in shares if is_left_out(share.track)]
+    if not left_out:
+        return of_T
+    rest_T = of_T.copy()
+    for share in left_out:
+        rest_T[share.first : share.last] = False
+    return rest_T
 
 
 def _covered(intervention: Intervention, share: Share, num_tokens: int) -> BoolArray:

@@ -89,6 +89,8 @@ class RequestTrack:
         self.end = start.first_position if start.resumed_at is None else start.resumed_at
         self.updated_at = now
         self.finished = False
+        self.is_canary = False
+        """Whether it is a synthetic request of ours, which no user asked."""
         self.tail_lost = False
         self.serial = 0
         self.passes: list[Pass] = []

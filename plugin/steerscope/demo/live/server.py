@@ -30,8 +30,13 @@ SETTINGS: Final[Mapping[str, str]] = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
 }
-"""Environment of the demo server: a small KV cache, no phoning home."""
+"""Environment of the demo server: a small KV cache, no phoning home; on few cores, no process
+that waits by spinning. vLLM's engine core and its worker do so for each other, up to a second at
+a time, which starves whatever else there is (docs/measurements.md); so the worker is in the
+core's process, and has one thread, which this model cannot keep busy."""
 
 OWN_PORTS = (10_000, 32_000)
 """Below the range that Linux takes its own picks from."""

@@ -74,9 +74,9 @@ class SharedState:
 
         ``decide`` may be called more than once; what it raises is raised.
         """
+        self._check_there()  # the lock may be held by who waits for it to come back
         async with self._lock:
-            if self.trouble:
-                raise StateAwayError(self.trouble)
+            self._check_there()
             try:
                 return await self._settle(decide)
             except StateAwayError as error:
@@ -93,6 +93,10 @@ class SharedState:
                 await tell(is_there)
                 told = is_there
             await self._storage.changes(POLL_SECONDS)
+
+    def _check_there(self) -> None:
+        if self.trouble:
+            raise StateAwayError(self.trouble)
 
     async def _settle(
         self, decide: Callable[[], Awaitable[tuple[Outcome, Change | None]]]
