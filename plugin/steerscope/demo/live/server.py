@@ -38,6 +38,8 @@ that waits by spinning. vLLM's engine core and its worker do so for each other, 
 a time, which starves whatever else there is (docs/measurements.md); so the worker is in the
 core's process, and has one thread, which this model cannot keep busy."""
 
+BASE_URL: Final = "{base_url}"
+
 OWN_PORTS = (10_000, 32_000)
 """Below the range that Linux takes its own picks from."""
 START_TIMEOUT_SECONDS: Final = 300.0
@@ -107,11 +109,14 @@ def running(
 ) -> Iterator[DemoServer]:
     """Start the server with its logs in ``folder``, wait until it answers, stop it at the end.
 
-    ``settings`` are trees of Steerscope's config beside the demo's own.
+    ``settings`` are trees of Steerscope's config beside the demo's own; ``{base_url}`` in them
+    stands for the server's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     http_port, grpc_port, metrics_port = free_ports(3)
-    config = _write_config(folder / "steerscope.yaml", grpc_port, metrics_port, settings or {})
+    config = folder / "steerscope.yaml"
+    text = yaml.safe_dump(_config(grpc_port, metrics_port, settings or {}))
+    config.write_text(text.replace(BASE_URL, f"http://127.0.0.1:{http_port}"))
     variables = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1", **(environment or {})}
     variables.pop(CONFIG_ENV, None)
     if with_steerscope:
@@ -149,10 +154,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _write_config(
-    path: Path, grpc_port: int, metrics_port: int, settings: Mapping[str, Any]
-) -> Path:
-    tree = {
+def _config(grpc_port: int, metrics_port: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         **settings,
         "catalog": str(CATALOG_DIR),
         "hub": {
@@ -160,8 +163,6 @@ def _write_config(
             "http_address": f"127.0.0.1:{metrics_port}",
         },
     }
-    path.write_text(yaml.safe_dump(tree))
-    return path
 
 
 def _wait(server: DemoServer) -> None:
