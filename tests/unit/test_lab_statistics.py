@@ -363,3 +363,23 @@ def test_an_empty_bin_costs_a_bounded_sum() -> None:
 def test_no_values_have_not_drifted_nor_stayed() -> None:
     found = drift(baseline([0.0, 1.0], "f", "prompt"), [])
     assert (found.psi, found.ks, found.num_tokens) == (None, None, 0)
+
+
+def test_no_edge_lies_where_rounding_would_carry_many_values_over() -> None:
+    rng = np.random.default_rng(5)
+    shared = np.repeat([20.0, 30.0], 400)  # tokens that many prompts have in common
+    made = baseline(np.concatenate([np.zeros(4000), rng.gamma(2, 8, 800), shared]), "f", "prompt")
+    check(made)
+    for off in (1 - 1e-3, 1 + 1e-3):
+        again = drift(made, np.concatenate([np.zeros(4000), rng.gamma(2, 8, 800), shared * off]))
+        assert again.psi is not None
+        assert again.psi < 0.02
+    moved = drift(made, np.concatenate([np.zeros(4000), rng.gamma(2, 8, 800), shared * 0.5]))
+    assert moved.psi is not None
+    assert moved.psi > 0.1
+
+
+def test_values_that_all_lie_together_are_told_from_zero_only() -> None:
+    values = np.concatenate([np.zeros(500), 28.0 + 1e-4 * np.random.default_rng(1).random(500)])
+    made = baseline(values, "f", "prompt")
+    assert made.edges == (JUST_ABOVE_ZERO,)

@@ -22,6 +22,11 @@ MIN_PER_BIN: Final = 20
 JUST_ABOVE_ZERO: Final = float(np.finfo(np.float32).tiny)
 """The smallest activation that is not 0 (float32, not subnormal)."""
 
+NOISE_SHARE: Final = 0.01
+"""Another batch, kernel or precision may move an activation by this share of the mean size."""
+MAX_NEAR_EDGE: Final = 0.25
+"""So much of a bin's mass may lie within that noise of one of its edges."""
+
 CONSTANT_SLACK: Final = 0.01
 """A feature that never varied may vary by this share of its value before it counts as moved."""
 
@@ -76,13 +81,41 @@ def _edges(values_N: npt.NDArray[np.float64]) -> tuple[float, ...]:
     if lowest == highest:
         slack = abs(lowest) * CONSTANT_SLACK
         return (lowest - slack, lowest + slack)
-    return _quantiles(values_N, MAX_BINS) or (float(values_N[values_N > lowest].min()),)
+    return _quantiles(values_N, MAX_BINS) or (_middle_of_widest_gap(values_N),)
 
 
 def _quantiles(values_N: npt.NDArray[np.float64], max_bins: int) -> tuple[float, ...]:
-    """Inner edges of bins of equal mass; fewer where values are few or tied."""
+    """Inner edges of bins of equal mass; fewer where values are few or lie together."""
     num_bins = min(max_bins, len(values_N) // MIN_PER_BIN)
     if num_bins < 2:
         return ()
-    inner = np.quantile(values_N, np.arange(1, num_bins) / num_bins)
-    return tuple(np.unique(inner[inner > values_N.min()]).tolist())
+    ordered_N = np.sort(values_N)
+    noise = NOISE_SHARE * float(np.abs(values_N).mean())
+    ranks = [round(i * len(ordered_N) / num_bins) for i in range(1, num_bins)]
+    edges = {_clear_edge(ordered_N, rank, noise, num_bins) for rank in ranks}
+    return tuple(sorted(edge for edge in edges if edge is not None))
+
+
+def _clear_edge(
+    ordered_N: npt.NDArray[np.float64], rank: int, noise: float, num_bins: int
+) -> float | None:
+    """An edge near the rank that noise carries few values over; None if there is none.
+
+    Activations at a token that many prompts share lie together: an edge among them would tell
+    rounding for a shift.
+    """
+    edge = (ordered_N[rank - 1] + ordered_N[rank]) / 2
+    first, stop = np.searchsorted(ordered_N, (edge - noise, edge + noise))
+    if stop - first <= MAX_NEAR_EDGE * len(ordered_N) / num_bins:
+        return float(edge)
+    gaps = np.flatnonzero(np.diff(ordered_N) > 2 * noise) + 1
+    if not len(gaps):
+        return None
+    nearest = gaps[np.abs(gaps - rank).argmin()]
+    return float((ordered_N[nearest - 1] + ordered_N[nearest]) / 2)
+
+
+def _middle_of_widest_gap(values_N: npt.NDArray[np.float64]) -> float:
+    ordered_N = np.sort(values_N)
+    after = int(np.diff(ordered_N).argmax())
+    return float((ordered_N[after] + ordered_N[after + 1]) / 2)
