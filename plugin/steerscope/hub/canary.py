@@ -33,6 +33,7 @@ READY_SECONDS: Final = 1.0
 """Between two looks whether the server is there yet."""
 
 _log = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for every request
 
 
 class Verdict(NamedTuple):

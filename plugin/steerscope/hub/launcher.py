@@ -30,8 +30,8 @@ MAX_IPC_PATH = 107
 """Longest path of a Unix socket on Linux."""
 
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH")
-"""All that the hub takes over of our environment, beside what ``state.redis.password_env`` and
-``otel.headers_env`` name."""
+"""All that the hub takes over of our environment, beside what ``state.redis.password_env``,
+``otel.headers_env`` and ``canary.api_key_env`` name."""
 
 
 def start_hub(settings: Settings, timeout: float = READY_TIMEOUT_SECONDS) -> RunningHub:
@@ -83,7 +83,12 @@ def _private_folder() -> str:
 
 def _spawn(endpoint: str, settings: Settings, restarts: int) -> HubProcess:
     redis, otel = settings.state.redis, settings.otel
-    secrets = [redis.password_env if redis else None, otel.headers_env if otel else None]
+    canary = settings.canary
+    secrets = [
+        redis.password_env if redis else None,
+        otel.headers_env if otel else None,
+        canary.api_key_env if canary else None,
+    ]
     names = [*INHERITED, *(name for name in secrets if name is not None)]
     environment = {name: os.environ[name] for name in names if name in os.environ}
     here = str(Path(steerscope.__file__).parent.parent)
