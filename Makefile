@@ -43,6 +43,7 @@ lint: setup ## ruff, import contracts, protos, and whether what is generated is 
 	@$(BIN)/buf breaking proto --against proto/baseline.binpb
 	@scripts/generate_protos.sh --check
 	@scripts/generate_dashboards.sh --check
+	@scripts/generate_metrics_reference.sh --check
 
 type: setup ## mypy, strict
 	@$(BIN)/mypy
@@ -53,6 +54,9 @@ protos: setup ## regenerate plugin/steerscope/api from proto/
 
 dashboards: setup ## regenerate dashboards/generated (Grafana, rules) from dashboards/settings.yaml
 	@scripts/generate_dashboards.sh
+
+metrics-reference: setup ## regenerate docs/metrics.md from the exporter's instruments and dashboards/generated
+	@scripts/generate_metrics_reference.sh
 
 dashboards-previews: setup ## draw dashboards/previews from a real Prometheus (PROMETHEUS=url for your own)
 	@scripts/install_prometheus.sh

@@ -1,0 +1,1 @@
+"""The page of all metrics, docs/metrics.md, made from the exporter's own declarations."""
