@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := plugin/steerscope tests dashboards
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz serve oracle test-matrix fmt lint type protos dashboards dashboards-previews
+.PHONY: help setup demo test fuzz serve oracle test-matrix fmt lint type protos dashboards dashboards-previews metrics-reference bench
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ oracle: setup ## every exactness suite in full, one JSON line each (about 20 min
 fuzz: setup ## fuzz every decoder, guided by coverage (half an hour; RUNS=20000 for a short run)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[fuzz]"
 	@$(BIN)/python tests/fuzz/fuzz_run.py $(if $(RUNS),--runs $(RUNS)) $(TARGETS)
+
+bench: setup ## what Steerscope costs beside plain compiled vLLM, step by step (an idle machine; half an hour)
+	@$(BIN)/python tests/bench/bench.py $(BENCH_ARGS)
 
 test-matrix: setup ## the seams and parity on several releases of vLLM
 	@scripts/test_matrix.sh $(VERSIONS)
