@@ -57,5 +57,9 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """The embedded model behind a real, compiled vLLM server; one for the whole run."""
     from steerscope.demo.live import server
 
-    with server.running(tmp_path_factory.mktemp("demo"), settings=DEMO_SETTINGS) as running:
+    with server.running(
+        tmp_path_factory.mktemp("demo"),
+        environment={"VLLM_PLUGINS": "steerscope"},
+        settings=DEMO_SETTINGS,
+    ) as running:
         yield running

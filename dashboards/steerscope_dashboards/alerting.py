@@ -10,6 +10,8 @@ from steerscope_dashboards.promql import Vector, number
 from steerscope_dashboards.settings import Settings
 
 Operator = Literal[">", "<", ">="]
+Severity = Literal["critical", "warning", "none"]
+"""``none`` is for nobody to act on: it goes to a dead man's switch."""
 
 
 class Condition(NamedTuple):
@@ -28,7 +30,7 @@ class Alert:
     """One alerting rule."""
 
     name: str
-    severity: Literal["critical", "warning"]
+    severity: Severity
     board: Board
     hold: str
     """How long it must hold before anybody is told."""

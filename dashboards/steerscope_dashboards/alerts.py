@@ -1,7 +1,8 @@
 """The alerts: when each fires, how long it waits, and what it tells whom it wakes.
 
 Thresholds come from ``settings.yaml``, which says why. ``critical`` is for now, ``warning`` for
-the next working day. Every alert about traffic has a floor beneath which it says nothing.
+the next working day, ``none`` for a machine that waits for it. Every alert about traffic has a
+floor beneath which it says nothing.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ def alerts(settings: Settings) -> tuple[Alert, ...]:
         _hub_restarted(),
         _policy_propagation_slow(),
         _override_in_force(),
+        _feature_drift(settings),
+        _canary_failing(settings),
+        _heartbeat(settings),
     )
 
 
 def _risk_high(settings: Settings) -> Alert:
     signal = equals("signal", settings.objective.signal)
-    scored = promql.increase(names.SIGNAL_REQUESTS, "15m", signal, recording.SCORED)
-    high = promql.increase(
-        names.SIGNAL_REQUESTS, "15m", signal, equals("label", settings.high_label)
-    )
+    window, label = settings.high_window, equals("label", settings.high_label)
+    scored = promql.increase(names.SIGNAL_REQUESTS, window, signal, recording.SCORED)
+    high = promql.increase(names.SIGNAL_REQUESTS, window, signal, label)
     return Alert(
         name="SteerscopeHallucinationRiskHigh",
         severity="warning",
         board=Board.OVERVIEW,
-        hold="5m",
+        hold=settings.high_hold,
         conditions=(
             Condition(
                 high.sum("model_name").over(scored.sum("model_name")), ">", settings.high_share
@@ -63,7 +66,7 @@ def _risk_high(settings: Settings) -> Alert:
         ),
         summary="{{ $labels.model_name }}: many answers look made up.",
         description=f"{{{{ $value | humanizePercentage }}}} of the sequences scored in the last "
-        f"15 minutes have {settings.objective.signal} '{settings.high_label}'.",
+        f"{window} have {settings.objective.signal} '{settings.high_label}'.",
     )
 
 
@@ -299,4 +302,49 @@ def _override_in_force() -> Alert:
         conditions=(Condition(modes.max("mode"), ">", 0.0),),
         summary="The operator's override is in force: {{ $labels.mode }}.",
         description="It beats every policy, rule and request, for everything that is served.",
+    )
+
+
+def _feature_drift(settings: Settings) -> Alert:
+    by = ("model_name", "feature", "phase")
+    return Alert(
+        name="SteerscopeFeatureDrift",
+        severity="warning",
+        board=Board.FEATURE,
+        hold="15m",
+        conditions=(Condition(recording.drift(settings).max(*by), ">", settings.drift_psi),),
+        summary="{{ $labels.model_name }}: {{ $labels.feature }} is not what it was calibrated on.",
+        description="On an engine, its activations in {{ $labels.phase }} are "
+        '{{ $value | printf "%.2f" }} (population stability index) from the catalog\'s baseline.',
+    )
+
+
+def _canary_failing(settings: Settings) -> Alert:
+    ago = promql.age(names.CANARY_LAST_SUCCESS).min(*promql.TARGET, "canary")
+    return Alert(
+        name="SteerscopeCanaryFailing",
+        severity="warning",
+        board=Board.PIPELINE,
+        hold=settings.canary_hold,
+        conditions=(Condition(ago, ">", settings.canary_seconds),),
+        summary="{{ $labels.instance }}: the canary's check {{ $labels.canary }} does not pass.",
+        # Zero seconds since 1970 stand for never.
+        description="{{ if gt $value 1e9 }}It never passed since the hub started{{ else }}It last "
+        "passed {{ $value | humanizeDuration }} ago{{ end }}. Until it does, do not believe the "
+        "signals, nor the silence of alerts about them.",
+    )
+
+
+def _heartbeat(settings: Settings) -> Alert:
+    return Alert(
+        name="SteerscopeHeartbeat",
+        severity="none",
+        board=Board.PIPELINE,
+        hold="0m",
+        conditions=(
+            Condition(promql.age(names.CANARY_LAST_SUCCESS).max(), "<", settings.canary_seconds),
+        ),
+        summary="Every check of the canary passed lately.",
+        description="All is well as long as this fires: from a feature in the model to whoever is "
+        "told. Somebody has to be told when it does not.",
     )

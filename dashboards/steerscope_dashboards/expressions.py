@@ -10,11 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from steerscope.export.instruments import CANARY_RUNS, CANARY_SCORE
+
 from steerscope_dashboards.alerts import VLLM_RUNNING, alerts
 from steerscope_dashboards.recording import recordings
 from steerscope_dashboards.settings import Settings
 
 EVERYTHING: Final = ".*"
+NEED_VLLM: Final = (VLLM_RUNNING, CANARY_SCORE.name, f"{CANARY_RUNS.name}{{")
+"""Its own metrics, scores of the canary's questions, and a share of how many of them passed."""
 VARIABLES: Final[Mapping[str, str]] = MappingProxyType(
     dict.fromkeys(("model", "engine", "signal", "feature"), EVERYTHING)
 )
@@ -42,8 +46,8 @@ class Expression(NamedTuple):
 
     @property
     def needs_vllm(self) -> bool:
-        """Whether vLLM's own metrics must be scraped too."""
-        return VLLM_RUNNING in self.text
+        """Whether a vLLM must be scraped too, or have answered the canary."""
+        return any(part in self.text for part in NEED_VLLM)
 
     def filled(
         self, rate_interval: str, time_range: str, chosen: Mapping[str, str] = VARIABLES

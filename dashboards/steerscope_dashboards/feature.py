@@ -42,6 +42,7 @@ def feature(settings: Settings) -> Dashboard:
         (
             Section("How often", _how_often()),
             Section("How strongly", _how_strongly()),
+            Section("How far from the catalog's baseline", _drift(settings)),
             Section("Steering of it", _steering()),
         ),
     )
@@ -91,7 +92,8 @@ def _how_strongly() -> tuple[PanelBuilder, ...]:
         heat(
             "Activation in prompts",
             About(
-                "Observed prompt tokens a second in each bucket of the activation.",
+                "Observed prompt tokens a second in each bucket of the activation; the more "
+                "features a catalog has, the fewer buckets, and beyond 200 none.",
                 "a cloud far above 0 that was not there before is a new kind of prompt: look for "
                 "it in requests' reports.",
             ),
@@ -120,12 +122,53 @@ def _how_strongly() -> tuple[PanelBuilder, ...]:
             "99th percentile of activation",
             About(
                 "By feature, interpolated within a bucket; flat at a bucket's bound means that it "
-                "is above the last one.",
+                "is above the last one. A catalog of more than 200 features has no buckets.",
                 "compare engines of one model: they should agree, or one of them serves something "
                 "else.",
             ),
             "none",
             Query(promql.quantile(0.99, everything, "feature", "engine"), "{{feature}} {{engine}}"),
+        ),
+    )
+
+
+def _drift(settings: Settings) -> tuple[PanelBuilder, ...]:
+    by, legend = ("feature", "phase", "engine"), "{{feature}} {{phase}} {{engine}}"
+    return (
+        graph(
+            "Population stability index",
+            About(
+                "How far the newest window's activations are from those that the catalog was "
+                "calibrated on, steered requests and the canary's left out. The line is the "
+                "alert's.",
+                "the runbook of SteerscopeFeatureDrift says how to tell new traffic from another "
+                "model. A feature without a baseline has no line, nor has one that was read at "
+                "fewer than 1000 tokens.",
+            ),
+            "none",
+            Query(promql.current(names.FEATURE_DRIFT_PSI, *FEATURE).max(*by), legend),
+            limit=settings.drift_psi,
+        ),
+        graph(
+            "Kolmogorov-Smirnov distance",
+            About(
+                "The largest gap between the shares of tokens below a value, then and now.",
+                "where it is large and the index is not, many tokens moved by little; the other "
+                "way round, a few went where there were none.",
+            ),
+            "percentunit",
+            Query(promql.current(names.FEATURE_DRIFT_KS, *FEATURE).max(*by), legend),
+        ),
+        graph(
+            "Tokens in the window",
+            About(
+                "How many tokens drift is measured over. The alert judges nothing below the line.",
+                "with less, wait, or widen the server's telemetry.drift_window_seconds.",
+            ),
+            "short",
+            Query(promql.current(names.FEATURE_DRIFT_TOKENS, *FEATURE).min(*by), legend),
+            limit=float(settings.floors.drift_tokens),
+            span=24,
         ),
     )
 

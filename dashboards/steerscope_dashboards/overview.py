@@ -9,7 +9,7 @@ from steerscope.export import instruments as names
 from steerscope.steering.interventions import Phase
 from steerscope.telemetry.totals import Outcome
 
-from steerscope_dashboards import promql, recording
+from steerscope_dashboards import canary, promql, recording
 from steerscope_dashboards.pages import Board
 from steerscope_dashboards.panels import (
     ENGINE,
@@ -49,6 +49,7 @@ def overview(settings: Settings) -> Dashboard:
             Section("At a glance", _glance(settings)),
             Section("Signals", _signals()),
             Section("The quality objective", _objective(settings)),
+            Section("Drift and canary", _drift_and_canary(settings)),
             Section("Requests", _requests()),
         ),
     )
@@ -191,6 +192,50 @@ def _objective(settings: Settings) -> tuple[PanelBuilder, ...]:
             *burning,
             limit=1.0,
         ),
+    )
+
+
+def _drift_and_canary(settings: Settings) -> tuple[PanelBuilder, ...]:
+    by = ("model_name", "feature", "phase")
+    index = recording.drift(settings, *ENGINE).max(*by)
+    return (
+        figure(
+            "Features that drifted",
+            About(
+                "How many features' activations, in prompts or in generation, are further from "
+                "the catalog's baseline than the threshold, in the newest window.",
+                "beside this are the worst of them; the drill-down of one shows since when.",
+            ),
+            "short",
+            index.above(settings.drift_psi).sum(),
+            Level(1.0, "orange"),
+            start="green",
+        ),
+        figure(
+            "Largest drift",
+            About(
+                "The largest population stability index of a feature that has tokens enough.",
+                "0.1 is worth a look at the drill-down, 0.25 is a large shift.",
+            ),
+            "none",
+            index.max(),
+            Level(settings.drift_psi, "orange"),
+            start="green",
+        ),
+        canary.passed_share(),
+        canary.longest_wait(settings),
+        graph(
+            "The five features furthest from their baselines",
+            About(
+                "Population stability index by feature and phase, of the chosen engine that is "
+                "furthest off. The line is the alert's.",
+                "all of them at once are another model or language, one is a new kind of question.",
+            ),
+            "none",
+            Query(index.largest(5), "{{feature}} {{phase}}"),
+            limit=settings.drift_psi,
+        ),
+        canary.outcomes(),
     )
 
 

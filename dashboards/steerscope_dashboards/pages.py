@@ -27,8 +27,8 @@ def runbook_url(settings: Settings, alert: str) -> str:
 
 
 def board_url(settings: Settings, board: Board, labels: frozenset[str]) -> str:
-    """The dashboard, showing the model and engine that an alert with these labels is about."""
-    shown = {"model_name": "model", "engine": "engine"}
+    """The dashboard, showing the model, engine and feature that such an alert is about."""
+    shown = {"model_name": "model", "engine": "engine", "feature": "feature"}
     query = "&".join(
         f"var-{variable}={{{{ $labels.{label} | urlquery }}}}"
         for label, variable in shown.items()

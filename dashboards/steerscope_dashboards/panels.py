@@ -48,7 +48,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from steerscope.export.instruments import Instrument
 
 from steerscope_dashboards.pages import OWN_TAG, TAGS, Board
-from steerscope_dashboards.promql import ExpressionError, Matcher, Vector
+from steerscope_dashboards.promql import WITH_EXEMPLARS, ExpressionError, Matcher, Vector
 
 SCHEMA_VERSION: Final = 39
 """Classic dashboards of Grafana 10.4; later ones migrate them by themselves."""
@@ -148,15 +148,7 @@ def heat(title: str, about: About, unit: str, buckets: Vector, *, span: int = 12
     """A histogram over time: each bucket's share of the darkness."""
     if "le" not in buckets.labels:
         raise ExpressionError(f"{title}: a heat map needs buckets")
-    target = (
-        prometheus.Dataquery()
-        .expr(str(buckets.sum("le")))
-        .format(PromQueryFormat.HEATMAP)
-        .legend_format("{{le}}")
-        .range()
-        .ref_id("A")
-        .datasource(DATASOURCE)
-    )
+    target = _target(0, Query(buckets.sum("le"), "{{le}}")).format(PromQueryFormat.HEATMAP)
     colors = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues").steps(64)
     return (
         heatmap.Panel()
@@ -275,7 +267,7 @@ def _links(title: str, tag: str) -> dashboard.DashboardLink:
 
 
 def _target(index: int, query: Query) -> prometheus.Dataquery:
-    return (
+    made = (
         prometheus.Dataquery()
         .expr(str(query.vector))
         .legend_format(query.legend)
@@ -283,6 +275,8 @@ def _target(index: int, query: Query) -> prometheus.Dataquery:
         .ref_id(chr(ord("A") + index))
         .datasource(DATASOURCE)
     )
+    has_exemplars = any(f"{i.name}_bucket" in query.vector.text for i in WITH_EXEMPLARS)
+    return made.exemplar(True) if has_exemplars else made
 
 
 def _levels(*levels: Level, start: str = "text") -> dashboard.ThresholdsConfig:

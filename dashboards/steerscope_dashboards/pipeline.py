@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from steerscope.export import instruments as names
 
-from steerscope_dashboards import promql, recording
+from steerscope_dashboards import canary, promql, recording
 from steerscope_dashboards.pages import Board
 from steerscope_dashboards.panels import (
     ENGINE,
@@ -38,6 +38,7 @@ def pipeline(settings: Settings) -> Dashboard:
         ),
         (
             Section("At a glance", _glance(settings)),
+            Section("The canary", (canary.outcomes(), canary.waits(settings), canary.scores())),
             Section("What was not observed", _unobserved(settings)),
             Section("Frames", _frames(settings)),
             Section("What it costs", _costs(settings)),

@@ -73,12 +73,13 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _figure(title: str, panels: Sequence[Shown]) -> Figure:
-    """Numbers take one column, everything else two, as in Grafana."""
+    """Numbers take one column, everything else two, and begin a row, as in Grafana."""
     places: list[tuple[int, int, int]] = []
     row = column = 0
     for panel in panels:
         width = 1 if panel.kind == "stat" else COLUMNS // 2
-        if column + width > COLUMNS:
+        begins = panel.kind == "stat" and places and places[-1][2] > width
+        if column + width > COLUMNS or begins:
             row, column = row + 1, 0
         places.append((row, column, width))
         column += width
@@ -178,5 +179,9 @@ def _legend(template: str, labels: Mapping[str, str]) -> str:
 def _number(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return "No traffic"
-    formats: dict[str, Any] = {"percentunit": f"{value:.2%}", "s": f"{value:.2g} s"}
+    formats: dict[str, Any] = {
+        "percentunit": f"{value:.2%}",
+        "s": f"{value:.2g} s",
+        "none": f"{value:.2f}",
+    }
     return str(formats.get(unit, f"{value:,.0f}"))

@@ -20,13 +20,16 @@ TARGET: Final = ("job", "instance")
 BOUNDS: Final[Mapping[Instrument, tuple[float, ...]]] = MappingProxyType(
     {
         names.SIGNAL_SCORE: names.SCORE_BOUNDS,
-        names.FEATURE_ACTIVATION: names.ACTIVATION_BOUNDS,
+        names.FEATURE_ACTIVATION: names.ACTIVATION_TIERS[-1],
         names.STEERING_DOSE: names.DOSE_BOUNDS,
         names.READOUT_LAG: names.LAG_BOUNDS,
         names.STEP_OVERHEAD: names.OVERHEAD_BOUNDS,
     }
 )
 """Bucket bounds that every catalog has."""
+
+WITH_EXEMPLARS: Final = (names.SIGNAL_SCORE,)
+"""Histograms whose buckets carry the trace of a request that fell into them."""
 
 
 class ExpressionError(ValueError):
@@ -89,6 +92,24 @@ class Vector:
             raise ExpressionError(f"{sorted(self.labels)} + {sorted(other.labels)}: {self}")
         return Vector(f"({self} + {other})", self.labels)
 
+    def above(self, bound: float) -> Vector:
+        """1 for each sample above the bound, 0 for the others."""
+        return Vector(f"({self} > bool {number(bound)})", self.labels)
+
+    def given(self, other: Vector, least: float) -> Vector:
+        """The samples whose namesakes in the other are at least so many."""
+        if self.labels != other.labels:
+            raise ExpressionError(f"{sorted(self.labels)} and {sorted(other.labels)}: {self}")
+        return Vector(f"({self} and {other} >= {number(least)})", self.labels)
+
+    def at_most(self, bound: float) -> Vector:
+        """Larger values are taken for the bound."""
+        return Vector(f"clamp_max({self}, {number(bound)})", self.labels)
+
+    def largest(self, count: int) -> Vector:
+        """So many samples, the largest."""
+        return Vector(f"topk({count}, {self})", self.labels)
+
     def complement(self) -> Vector:
         """``1 - self``, of a share."""
         return Vector(f"1 - {self._operand()}", self.labels)
@@ -112,6 +133,11 @@ def current(gauge: Instrument, *matchers: Matcher) -> Vector:
     """A gauge as it is."""
     _check_kind(gauge, Kind.GAUGE)
     return _select(gauge, "", matchers)
+
+
+def age(timestamp: Instrument, *matchers: Matcher) -> Vector:
+    """Seconds since a gauge's time."""
+    return Vector(f"time() - {current(timestamp, *matchers)}", current(timestamp).labels)
 
 
 def rate(counter: Instrument, window: str, *matchers: Matcher) -> Vector:

@@ -80,6 +80,13 @@ def coverage() -> Recording:
     )
 
 
+def drift(settings: Settings, *matchers: Matcher) -> Vector:
+    """Each feature's population stability index, where there are tokens enough to judge it."""
+    tokens = promql.current(names.FEATURE_DRIFT_TOKENS, *matchers)
+    index = promql.current(names.FEATURE_DRIFT_PSI, *matchers)
+    return index.given(tokens, settings.floors.drift_tokens)
+
+
 def recordings(settings: Settings) -> tuple[Recording, ...]:
     """All of them."""
     return (

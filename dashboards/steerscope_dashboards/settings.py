@@ -14,6 +14,7 @@ from steerscope.steering.interventions import PolicyName
 Share = Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Duration = Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]*[smhd]$")]
 Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[^\s\"{}]+[^/\s\"{}]$")]
 LabelName = Annotated[str, msgspec.Meta(pattern=r"^([a-zA-Z_][a-zA-Z0-9_]*)?$")]
 
@@ -42,6 +43,7 @@ class Floors(_Document, frozen=True):
     steered_requests: Count
     tokens: Count
     frames: Count
+    drift_tokens: Count
 
 
 class Settings(_Document, frozen=True):
@@ -53,6 +55,8 @@ class Settings(_Document, frozen=True):
     objective: Objective
     high_label: LabelSlug
     high_share: Share
+    high_window: Duration
+    high_hold: Duration
     expected_policies: tuple[PolicyName, ...]
     rejected_share: Share
     coverage: Share
@@ -62,6 +66,9 @@ class Settings(_Document, frozen=True):
     lag_share: Share
     hub_cpu: Positive
     silent_seconds: Positive
+    drift_psi: Positive
+    canary_seconds: Positive
+    canary_hold: Duration
     floors: Floors
 
 

@@ -90,6 +90,8 @@ class TelemetrySettings(_Settings, frozen=True):
     """Host memory per worker for activations beside the KV cache; see ``engine/slots.py``."""
     drift_window_seconds: Annotated[float, msgspec.Meta(ge=10, le=604_800)] = 900.0
     """Drift is measured over the newest so many seconds."""
+    max_series_per_engine: Positive = 20_000
+    """A launch that might tell Prometheus more of one engine is refused; ``export/budget.py``."""
 
 
 class CanaryCheck(_Settings, frozen=True):

@@ -7,7 +7,8 @@
 
 ``register`` is vLLM's general-plugin entry point. It runs in every process, more
 than once, before anything is configured; unconfigured, it returns at once and
-nothing of vLLM is patched.
+nothing of vLLM is patched. ``endpoints`` is its endpoint-plugin entry point, which vLLM
+calls in API servers only, and only where VLLM_PLUGINS names us.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from steerscope.engine.scheduling import SchedulerSide
     from steerscope.hub.supervision import RunningHub
     from steerscope.steering.frontend import FrontEnd
+    from steerscope.steering.report_route import ReportRoute
 
 _log = logging.getLogger(__name__)
 _instances = 0
@@ -40,15 +42,24 @@ def register() -> None:
     seams.install(seams.Callbacks(launch, launched, front_end, scheduler_side, runtime))
 
 
+def endpoints() -> ReportRoute:
+    """Entry point ``vllm.endpoint_plugins: steerscope``; unconfigured, it has no route."""
+    from steerscope.steering.report_route import ReportRoute
+
+    return ReportRoute(config.is_configured(), _front_end_of)
+
+
 def launch(additional_config: Any) -> Any | None:
     """Settle the settings and pin the catalog they name; None when not configured."""
     settings = config.discover(additional_config)
     if settings is None:
         return None
+    from steerscope.export import budget
     from steerscope.steering.policies import check_declared
 
     catalog = load_catalog(settings)
     check_declared(catalog, settings)
+    budget.check(catalog, settings)
     settings = config.pinned(settings, catalog.digest)
     return {**additional_config, config.ADDITIONAL_CONFIG_KEY: config.to_tree(settings)}
 
@@ -90,6 +101,12 @@ def front_end(vllm_config: Any) -> FrontEnd | None:
     link = FrontendLink(config.require_hub_endpoint(), catalog.digest)
     link.start()
     return FrontEnd(catalog, settings, link, seams.served_name(vllm_config), _refused(vllm_config))
+
+
+def _front_end_of(engine_client: Any) -> FrontEnd | None:
+    from steerscope.engine import seams
+
+    return seams.front_end_of(engine_client)
 
 
 def scheduler_side(vllm_config: Any) -> SchedulerSide | None:

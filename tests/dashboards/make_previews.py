@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +45,10 @@ def _serving_run(generated: Path):
 
     with (
         tempfile.TemporaryDirectory() as name,
-        server.running(Path(name)) as serving,
-        served_world.running(serving, Path(name), generated, SECONDS) as url,
+        server.running(Path(name), settings=served_world.settings()) as serving,
+        served_world.running(serving, Path(name), generated) as url,
     ):
+        time.sleep(SECONDS)
         yield url
 
 

@@ -17,7 +17,7 @@ import msgspec
 import yaml
 from steerscope.catalog import store
 from steerscope.catalog.store import Catalog
-from steerscope.config import HubSettings, Settings
+from steerscope.config import CanaryCheck, CanarySettings, HubSettings, Settings
 from steerscope.demo.live.server import free_ports
 from steerscope.hub import launcher
 from steerscope.hub.launcher import RunningHub
@@ -32,6 +32,9 @@ REQUESTS_PER_SECOND = 20
 POLICY = "force-known"
 SIGNALS = {"in_answer": "hallucination_risk", "at_question": "known_entity_confidence"}
 """The small catalog's signals under the names that the shipped rules are about."""
+BASELINE = {"edges": [0.5, 1.0, 2.0], "shares": [0.3, 0.2, 0.3, 0.2], "num_tokens": 5000}
+NUM_TOKENS = 16
+"""Of a prompt, and of its answer: enough for drift after a few seconds."""
 
 
 class World(NamedTuple):
@@ -43,12 +46,18 @@ class World(NamedTuple):
 
 @contextlib.contextmanager
 def running(folder: Path, generated: Path, seconds: float = WARM_UP_SECONDS) -> Iterator[World]:
-    """Hub, traffic and Prometheus; the traffic goes on for as long as the block lasts."""
+    """Hub, traffic and Prometheus; the traffic goes on for as long as the block lasts.
+
+    There is no vLLM: whom the canary asks does not answer.
+    """
     catalog_folder = write_catalog(folder / "catalog")
     catalog = store.load(catalog_folder)
+    (nobody,) = free_ports(1)
+    check = CanaryCheck(prompts=("Who?",), expect={"known_entity_confidence": "high"})
     settings = Settings(
         catalog=str(catalog_folder),
         hub=HubSettings(grpc_address="127.0.0.1:0", http_address="127.0.0.1:0"),
+        canary=CanarySettings(base_url=f"http://127.0.0.1:{nobody}", checks={"unheard": check}),
     )
     with contextlib.ExitStack() as stack:
         hub = launcher.start_hub(settings)
@@ -60,12 +69,17 @@ def running(folder: Path, generated: Path, seconds: float = WARM_UP_SECONDS) -> 
 
 
 def write_catalog(folder: Path) -> Path:
-    """The hub tests' catalog, its signals renamed."""
+    """The hub tests' catalog, its signals renamed, with a baseline for each feature."""
     hub_world.write_catalog(folder)
     path = folder / "catalog.yaml"
     tree = yaml.safe_load(path.read_text())
     for signal in tree["signals"]:
         signal["name"] = SIGNALS.get(signal["name"], signal["name"])
+    tree["baselines"] = [
+        {"feature": feature["name"], "phase": phase, **BASELINE}
+        for feature in tree["features"]
+        for phase in ("prompt", "generation")
+    ]
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return folder
 
@@ -162,7 +176,7 @@ def _serve(
     name: str,
     chance: random.Random,
 ) -> None:
-    """A request of five tokens, three of them prompt, the first found in the prefix cache."""
+    """A request, half of it prompt, whose first token is mostly found in the prefix cache."""
     kind = chance.random()
     if kind < 0.02:
         link.rejected(name, "no-such-policy", "steering", "no such policy")
@@ -172,26 +186,32 @@ def _serve(
     edits = (Intervention(feature="known", clamp=6.0),) if steered else ()
     if steered:
         link.admitted(name, policy, "d1")
-    told = hub_world.start(name, 3, first_position=1, policy=policy, interventions=edits)
+    told = hub_world.start(name, NUM_TOKENS, first_position=1, policy=policy, interventions=edits)
     if kind < 0.9:
         told = msgspec.structs.replace(told, cached=_cached(catalog))
     edited = {0: 3.0, 1: 1.0} if steered else None
-    rows = [[chance.gauss(1.2, 1.0), chance.gauss(1.0, 1.2), chance.random()] for _ in range(4)]
+    prompt, answer = (_activations(chance, count) for count in (NUM_TOKENS - 1, NUM_TOKENS))
     cost = int(chance.gammavariate(4.0, 40_000.0))
     worker.send(
         hub_world.frame(
             catalog,
-            (name, 1, 2),
-            acts=rows[:2],
+            (name, 1, len(prompt)),
+            acts=prompt,
             started=(told,),
             overhead_ns=cost,
         )
     )
     worker.send(
-        hub_world.frame(catalog, (name, 3, 2), acts=rows[2:], edited=edited, overhead_ns=cost)
+        hub_world.frame(
+            catalog, (name, NUM_TOKENS, NUM_TOKENS), acts=answer, edited=edited, overhead_ns=cost
+        )
     )
     ended = hub_world.frame(catalog, overhead_ns=cost // 2)
-    worker.send(msgspec.structs.replace(ended, finished=(RequestEnd(name, 5),)))
+    worker.send(msgspec.structs.replace(ended, finished=(RequestEnd(name, 2 * NUM_TOKENS),)))
+
+
+def _activations(chance: random.Random, count: int) -> list[list[float]]:
+    return [[chance.gauss(1.2, 1.0), chance.gauss(1.0, 1.2), chance.random()] for _ in range(count)]
 
 
 def _cached(catalog: Catalog) -> CachedActivations:

@@ -26,7 +26,7 @@ class Fired:
     board: str
 
     def expected(self, alert: str) -> dict[str, dict[str, str]]:
-        shown = {"model_name": "model", "engine": "engine"}
+        shown = {"model_name": "model", "engine": "engine", "feature": "feature"}
         query = "&".join(
             f"var-{variable}={self.labels[label].replace('/', '%2F')}"
             for label, variable in shown.items()

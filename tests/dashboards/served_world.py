@@ -6,17 +6,16 @@ import asyncio
 import contextlib
 import itertools
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import observed_world
 import openai
 from steerscope.demo import world
 from steerscope.demo.live.asking import Asker
-from steerscope.demo.live.server import DemoServer
+from steerscope.demo.live.server import BASE_URL, DemoServer
 
-WARM_UP_SECONDS = 25.0
 ROUND = (
     ("known", None),
     ("unknown", None),
@@ -25,20 +24,36 @@ ROUND = (
 )
 """Which names are asked about in turn, and under which policy."""
 MISTAKE = "no-such-policy"
+BATCH = 8
+"""Questions at a time: drift is known from 1000 generated tokens of unsteered answers on."""
 PAUSE_SECONDS = 0.5
+CANARY_SECONDS = 2.0
+DRIFT_SECONDS = 120.0
+
+
+def settings() -> dict[str, Any]:
+    """Of a server that asks itself about a known and a made-up name, and tells drift soon."""
+    checks = {
+        split: {
+            "prompts": [q.question for q in world.questions(split, "en", 3, 0)],
+            "expect": {"known_entity_confidence": label},
+        }
+        for split, label in (("known", "high"), ("unknown", "low"))
+    }
+    return {
+        "telemetry": {"drift_window_seconds": DRIFT_SECONDS},
+        "canary": {"base_url": BASE_URL, "checks": checks, "interval_seconds": CANARY_SECONDS},
+    }
 
 
 @contextlib.contextmanager
-def running(
-    server: DemoServer, folder: Path, generated: Path, seconds: float = WARM_UP_SECONDS
-) -> Iterator[str]:
-    """A Prometheus that has seen so many seconds of questions; they go on inside the block."""
+def running(server: DemoServer, folder: Path, generated: Path) -> Iterator[str]:
+    """A Prometheus that sees questions, for as long as the block lasts."""
     ports = (server.metrics_port, server.http_port)
     with (
         observed_world.prometheus(folder / "prometheus", generated, *ports) as url,
         questions(server),
     ):
-        time.sleep(seconds)
         yield url
 
 
@@ -70,7 +85,7 @@ async def _ask(server: DemoServer, stopping: threading.Event) -> None:
             if stopping.is_set():
                 return
             for split, policy in ROUND:
-                asked = [q.question for q in world.questions(split, "en", 2, number)]
+                asked = [q.question for q in world.questions(split, "en", BATCH, number)]
                 await asker.ask_all(asked, policy)
             if number % 10 == 0:
                 with contextlib.suppress(openai.BadRequestError):

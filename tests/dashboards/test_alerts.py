@@ -67,6 +67,44 @@ def silence(seconds: str, running: str) -> dict[str, str]:
     }
 
 
+def drift(psi: str, tokens: str) -> dict[str, str]:
+    labels = {**ENGINE, "feature": "known_entity", "phase": "prompt"}
+    return {
+        series(names.FEATURE_DRIFT_PSI.name, **labels): psi,
+        series(names.FEATURE_DRIFT_TOKENS.name, **labels): tokens,
+        # Far off, but too few tokens, on another engine.
+        series(names.FEATURE_DRIFT_PSI.name, **{**labels, "engine": "1"}): "9x60",
+        series(names.FEATURE_DRIFT_TOKENS.name, **{**labels, "engine": "1"}): "1500x60",
+    }
+
+
+def passed(*checks: str) -> dict[str, str]:
+    """When each check passed last; promtool's clock begins at 0."""
+    return {
+        series(names.CANARY_LAST_SUCCESS.name, canary=f"check-{number}"): last
+        for number, last in enumerate(checks)
+    }
+
+
+HEARTBEAT = Fired(
+    {"severity": "none"},
+    "Every check of the canary passed lately.",
+    "All is well as long as this fires: from a feature in the model to whoever is told. Somebody "
+    "has to be told when it does not.",
+    PIPELINE,
+)
+
+
+def failing(check: str, ago: str) -> Fired:
+    return Fired(
+        {**TARGET, "canary": check, "severity": "warning"},
+        f"hub:9464: the canary's check {check} does not pass.",
+        f"It last passed {ago} ago. Until it does, do not believe the signals, nor the silence of "
+        "alerts about them.",
+        PIPELINE,
+    )
+
+
 def override(in_force: str) -> dict[str, str]:
     return {
         series(names.STEERING_OVERRIDE.name, mode=mode): f"{int(mode == in_force)}x60"
@@ -84,8 +122,7 @@ CASES = (
             Fired(
                 {**MODEL, "severity": "warning"},
                 "org/model: many answers look made up.",
-                "50% of the sequences scored in the last 15 minutes have hallucination_risk "
-                "'high'.",
+                "50% of the sequences scored in the last 15m have hallucination_risk 'high'.",
                 OVERVIEW,
             )
         ],
@@ -459,6 +496,89 @@ CASES = (
         "SteerscopePolicyPropagationSlow",
         "40m",
         {series(names.PROPAGATION_TIMEOUTS.name): "0x5 1x60"},
+    ),
+    Case(
+        "a feature is far from its baseline",
+        "SteerscopeFeatureDrift",
+        "30m",
+        drift("0.4x60", "9000x60"),
+        [
+            Fired(
+                {
+                    **MODEL,
+                    "feature": "known_entity",
+                    "phase": "prompt",
+                    "severity": "warning",
+                },
+                "org/model: known_entity is not what it was calibrated on.",
+                "On an engine, its activations in prompt are 0.40 (population stability index) "
+                "from the catalog's baseline.",
+                "steerscope-feature",
+            )
+        ],
+    ),
+    Case("a shift to look at", "SteerscopeFeatureDrift", "60m", drift("0.2x60", "9000x60")),
+    Case("too few tokens to judge", "SteerscopeFeatureDrift", "60m", drift("0.4x60", "1999x60")),
+    Case("it is new", "SteerscopeFeatureDrift", "14m", drift("0.4x60", "9000x60")),
+    Case(
+        "a shift that ended",
+        "SteerscopeFeatureDrift",
+        "40m",
+        drift("0.4x30 0.1x30", "9000x60"),
+    ),
+    Case(
+        "no feature has a baseline",
+        "SteerscopeFeatureDrift",
+        "60m",
+        {series(names.BUILD_INFO.name, version="1"): "1x60"},
+    ),
+    Case(
+        "a check passed for a while, then no more",
+        "SteerscopeCanaryFailing",
+        "40m",
+        passed("0+60x20 1200x60", "0+60x60"),
+        [failing("check-0", "20m 0s")],
+    ),
+    Case(
+        "no check ever passed",
+        "SteerscopeCanaryFailing",
+        "20m",
+        passed("0x60", "0x60"),
+        [failing("check-0", "20m 0s"), failing("check-1", "20m 0s")],
+    ),
+    Case("all pass", "SteerscopeCanaryFailing", "40m", passed("0+60x60", "0+60x60")),
+    Case(
+        "a few runs in a row did not pass",
+        "SteerscopeCanaryFailing",
+        "40m",
+        passed("0+60x20 1200x7 1680+60x60"),
+    ),
+    Case("a server that loads", "SteerscopeCanaryFailing", "14m", passed("0x60")),
+    Case(
+        "no canary is configured",
+        "SteerscopeCanaryFailing",
+        "60m",
+        {series(names.BUILD_INFO.name, version="1"): "1x60"},
+    ),
+    Case("all pass", "SteerscopeHeartbeat", "40m", passed("0+60x60", "0+60x60"), [HEARTBEAT]),
+    Case(
+        "one check of two does not pass",
+        "SteerscopeHeartbeat",
+        "40m",
+        passed("0+60x60", "0+60x20 1200x60"),
+    ),
+    Case("one check of two never passed", "SteerscopeHeartbeat", "40m", passed("0+60x60", "0x60")),
+    Case(
+        "nobody is scraped any more",
+        "SteerscopeHeartbeat",
+        "40m",
+        passed("0+60x35 stale"),
+    ),
+    Case(
+        "no canary is configured",
+        "SteerscopeHeartbeat",
+        "60m",
+        {series(names.BUILD_INFO.name, version="1"): "1x60"},
     ),
 )
 

@@ -12,17 +12,18 @@ from steerscope_dashboards.expressions import Expression, Role, expressions
 pytestmark = pytest.mark.timeout(180)
 
 
-def test_every_expression_has_data_save_those_that_ask_for_vllm_s_own_metrics(
+def test_every_expression_has_data_save_those_that_need_a_serving_vllm(
     observed_world, shipped, generated
 ):
     missing = {(one.role, one.where, one.text) for one in unanswered(observed_world.prometheus)}
-    asks_vllm = {
+    need_vllm = {
         (one.role, one.where, one.text)
         for one in expressions(shipped, generated)
-        if one.needs_vllm and one.role is Role.CONDITION
+        if one.needs_vllm and one.role is not Role.ALERT
     }
-    assert len(asks_vllm) == 1
-    assert missing == asks_vllm
+    assert {role for role, _, _ in need_vllm} == {Role.CONDITION, Role.PANEL}
+    assert len(need_vllm) < 5
+    assert missing == need_vllm
 
 
 def test_prometheus_evaluates_every_rule_without_an_error(observed_world):
@@ -30,6 +31,15 @@ def test_prometheus_evaluates_every_rule_without_an_error(observed_world):
     groups = {group["name"]: group["rules"] for group in prometheus.get("rules")["groups"]}
     assert set(groups) == {"steerscope.recording", "steerscope.alerts"}
     assert prometheus.unhealthy_rules() == []
+
+
+def test_a_canary_that_nobody_answers_is_told_of_and_there_is_no_heartbeat(observed_world):
+    alerts = Prometheus(observed_world.prometheus).get("alerts")["alerts"]
+    told = {alert["labels"]["alertname"]: alert for alert in alerts}
+    canary = told["SteerscopeCanaryFailing"]
+    assert canary["labels"]["canary"] == "unheard"
+    assert canary["annotations"]["description"].startswith("It never passed since the hub started.")
+    assert "SteerscopeHeartbeat" not in told
 
 
 def test_an_expression_without_data_is_noticed(observed_world, monkeypatch):

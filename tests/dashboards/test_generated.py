@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from steerscope.export.instruments import INSTRUMENTS, Kind
+from steerscope.export.instruments import INSTRUMENTS, SIGNAL_SCORE, Kind
 from steerscope_dashboards import expressions, recording
 from steerscope_dashboards.alerts import VLLM_RUNNING, alerts
 from steerscope_dashboards.pages import TAGS, Board
@@ -92,6 +92,26 @@ def test_every_panel_says_what_it_shows_and_what_to_do(trees):
             assert panel["datasource"]["uid"] == "${datasource}"
 
 
+def test_panels_over_scores_show_exemplars_and_no_others_do(trees):
+    """Scores alone carry traces, and only in their buckets over time."""
+    asking = {
+        target["expr"]: panel["type"]
+        for tree in trees
+        for panel in _panels(tree)
+        for target in panel["targets"]
+        if target.get("exemplar")
+    }
+    buckets = f"{SIGNAL_SCORE.name}_bucket"
+    assert set(asking) == {
+        target["expr"]
+        for tree in trees
+        for panel in _panels(tree)
+        for target in panel["targets"]
+        if buckets in target["expr"] and not target["instant"]
+    }
+    assert set(asking.values()) == {"timeseries", "heatmap"}
+
+
 def test_panels_have_ids_of_their_own_and_lie_apart(trees):
     for tree in trees:
         identities = [panel["id"] for panel in tree["panels"]]
@@ -112,7 +132,8 @@ def test_panels_have_ids_of_their_own_and_lie_apart(trees):
 def test_every_alert_has_severity_runbook_and_dashboard(generated):
     tree = yaml.safe_load((generated / "alerting.rules.yaml").read_text())
     for rule in tree["groups"][0]["rules"]:
-        assert rule["labels"]["severity"] in {"critical", "warning"}
+        is_heartbeat = rule["alert"] == "SteerscopeHeartbeat"
+        assert rule["labels"]["severity"] in ({"none"} if is_heartbeat else {"critical", "warning"})
         notes = rule["annotations"]
         assert set(notes) == {"summary", "description", "runbook_url", "dashboard_url"}
         assert (RUNBOOKS / notes["runbook_url"].rpartition("/")[2]).exists()
@@ -156,12 +177,16 @@ def test_amtool_accepts_the_example_of_an_alertmanager(prometheus_tools):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 receivers" in done.stdout
-    for severity, receiver in (("critical", "page"), ("warning", "ticket")):
+    assert "3 receivers" in done.stdout
+    for alert, severity, receiver in (
+        ("SteerscopeEngineSilent", "critical", "page"),
+        ("SteerscopeCoverageLow", "warning", "ticket"),
+        ("SteerscopeHeartbeat", "none", "heartbeat"),
+    ):
         routed = subprocess.run(
             [
                 *("amtool", "config", "routes", "test", f"--config.file={config}"),
-                *("alertname=SteerscopeCoverageLow", f"severity={severity}"),
+                *(f"alertname={alert}", f"severity={severity}"),
             ],
             capture_output=True,
             text=True,

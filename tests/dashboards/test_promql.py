@@ -44,5 +44,24 @@ def test_expressions_read_as_one_would_write_them():
     )
 
 
+def test_ages_and_floors_read_as_one_would_write_them():
+    ago = promql.age(names.CANARY_LAST_SUCCESS).min("canary").at_most(1200)
+    assert str(ago) == (
+        "clamp_max(min by (canary) (time() - steerscope_canary_last_success_timestamp_seconds), "
+        "1200)"
+    )
+    index = promql.current(names.FEATURE_DRIFT_PSI)
+    judged = index.given(promql.current(names.FEATURE_DRIFT_TOKENS), 2000).above(0.25).sum()
+    assert str(judged) == (
+        "sum (((steerscope_feature_drift_psi and steerscope_feature_drift_tokens >= 2000)"
+        " > bool 0.25))"
+    )
+
+
+def test_a_floor_of_other_labels_is_refused():
+    with pytest.raises(ExpressionError, match=" and "):
+        promql.current(names.FEATURE_DRIFT_PSI).given(promql.current(names.CANARY_SCORE), 1)
+
+
 def test_a_value_cannot_end_its_quotes():
     assert str(equals("signal", 'a"} or up{x="')) == r'signal="a\"} or up{x=\""'

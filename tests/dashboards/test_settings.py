@@ -37,6 +37,9 @@ def changed(tmp_path):
         ({"runbooks": "javascript:alert(1)"}, "runbooks"),
         ({"replica_label": "pod, on"}, "replica_label"),
         ({"floors": {"sequences": 0}}, "floors"),
+        ({"drift_psi": 0.0}, "drift_psi"),
+        ({"canary_seconds": -1}, "canary_seconds"),
+        ({"high_window": "15 minutes"}, "high_window"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(changed, changes, named):

@@ -75,7 +75,7 @@ class _Seen(Watches):
 def frames(data: bytes) -> bool:
     """Frames of workers, through the observer to the reports that callers get."""
     seen, totals = _Seen(), HubTotals()
-    bounds = instruments.bounds_for(catalog().signals)
+    bounds = instruments.bounds_for(catalog())
     limits = Limits(MAX_TRACKS, 60.0, MAX_TOKENS)
     observer = Observer(
         catalog(), limits, bounds, totals, seen, lambda policy: "unknown", seen.computed

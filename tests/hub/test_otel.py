@@ -20,15 +20,16 @@ from steerscope import __version__, config
 from steerscope.catalog.model import ModelMatch
 from steerscope.config import OtelSettings
 from steerscope.errors import ConfigError, HubError
-from steerscope.export import instruments, otlp_events, otlp_sender
+from steerscope.export import budget, instruments, otlp_events, otlp_sender
 from steerscope.export.instruments import INSTRUMENTS, Kind
 from steerscope.export.prometheus import HubCollector
 from steerscope.hub import launcher
 from steerscope.hub.tracing import open_export
-from steerscope.steering.interventions import Intervention
+from steerscope.steering.interventions import Intervention, Policy
 from steerscope.telemetry.columns import Columns
 from steerscope.telemetry.totals import EngineTotals, HubTotals
 from steerscope.telemetry.tracks import EngineKey
+from steerscope.telemetry.windows import DriftWindow
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -166,7 +167,9 @@ def test_a_collector_gets_what_a_scrape_finds(exporting, receiver, worker, catal
         assert sent_exemplars[key].time_unix_nano * 1e-9 == pytest.approx(float(exemplar.timestamp))
 
 
-def test_metrics_say_what_they_are_and_since_when(exporting, receiver, worker, catalog):
+def test_metrics_say_what_they_are_and_since_when(
+    exporting, receiver, worker, catalog, settings, otel
+):
     serve(worker, catalog, start("a", 3))
     eventually(lambda: finished(exporting) == 1)
     after_ns = time.time_ns()
@@ -184,7 +187,9 @@ def test_metrics_say_what_they_are_and_since_when(exporting, receiver, worker, c
             assert getattr(metric, data).aggregation_temporality == cumulative
         assert data != "sum" or metric.sum.is_monotonic
         assert data != "histogram" or not (point.HasField("min") or point.HasField("max"))
-    assert {metric.name for metric, _ in points} == declared.keys()
+    told = budget.declared(catalog, msgspec.structs.replace(settings, otel=otel)).rows
+    expected = {row.instrument.name for row in told if row.of_engine or row.of_hub}
+    assert {metric.name for metric, _ in points} == expected
     (began_ns,) = {p.start_time_unix_nano for m, p in points if m.WhichOneof("data") != "gauge"}
     assert 0 < began_ns < after_ns
 
@@ -328,11 +333,12 @@ def test_an_sdk_that_is_not_there_is_named(settings, otel, monkeypatch):
 
 
 def test_a_snapshot_stays_as_it_was_when_the_totals_go_on(catalog):
-    bounds = instruments.bounds_for(catalog.signals)
-    totals = EngineTotals(Columns(catalog), catalog.signals, bounds)
+    bounds = instruments.bounds_for(catalog)
+    columns = Columns(catalog)
+    totals = EngineTotals(columns, catalog.signals, bounds, DriftWindow((), columns, 60.0))
     totals.frames = 1
     engines, hub = {EngineKey("demo", "0"): totals}, HubTotals()
-    policies = ["force-known"]
+    policies = [Policy(name="force-known", interventions=())]
     collector = HubCollector(
         catalog, SimpleNamespace(engines=engines), hub, lambda: policies, ModelMatch.EXACT
     )
@@ -342,7 +348,7 @@ def test_a_snapshot_stays_as_it_was_when_the_totals_go_on(catalog):
     totals.score.observe_one(0, 0.5)
     totals.labels["at_question", "high"] += 1
     hub.propagation_timeouts += 1
-    policies.append("another")
+    policies.append(Policy(name="another", interventions=()))
     engines[EngineKey("demo", "1")] = totals
     assert page(snapshot) == before != page(collector)
 

@@ -194,7 +194,7 @@ def leaves(hint):
 
 def test_no_event_has_a_field_that_text_fits_into():
     texts = {fields.Id, fields.Reason, fields.Digest, fields.PolicyName, fields.FeatureName,
-             fields.Word, fields.FieldPath, fields.RpcName,
+             fields.Word, fields.FieldPath, fields.RpcName, fields.TraceId,
              entries.Sha256, entries.Time}  # fmt: skip
     others = {int, float, bool, datetime, Phase, events.Op, KillMode, events.Change, events.Edit,
               *get_args(AuditEvent)}  # fmt: skip

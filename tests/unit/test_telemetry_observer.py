@@ -1,9 +1,12 @@
+import math
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from steerscope import __version__
@@ -40,7 +43,7 @@ class World:
         self.observer = Observer(
             catalog,
             Limits(100, 60.0, 4096),
-            bounds_for(catalog.signals),
+            bounds_for(catalog),
             self.totals,
             self,
             lambda name: name if name == "force-known" else "unknown",
@@ -58,10 +61,13 @@ class World:
 
     def scrape(self):
         registry = CollectorRegistry(auto_describe=False)
-        labels = ["force-known", "inline", "unknown"]
         registry.register(
             HubCollector(
-                self.catalog, self.observer, self.totals, lambda: labels, ModelMatch.FINE_TUNE
+                self.catalog,
+                self.observer,
+                self.totals,
+                lambda: self.catalog.policies,
+                ModelMatch.FINE_TUNE,
             )
         )
         return Metrics(generate_latest(registry).decode())
@@ -268,7 +274,8 @@ def test_every_family_in_a_scrape_is_declared_and_every_declared_one_is_there(wo
 
 
 def test_names_carry_their_units():
-    suffixes = {"s": "_seconds", "1": ("_ratio", "_activation", "_info", "_override")}
+    plain = ("_ratio", "_activation", "_info", "_override", "_psi", "_ks")
+    suffixes = {"s": "_seconds", "1": plain, "{token}": "_tokens"}
     for instrument in INSTRUMENTS:
         assert instrument.name.startswith("steerscope_")
         if instrument.kind is Kind.COUNTER:
@@ -282,3 +289,58 @@ def test_a_histograms_sum_never_falls():
     histogram.observe(np.array([0, 0, 1]), np.array([-5.0, 2.0, 0.5], np.float32))
     assert histogram.counts.tolist() == [[1, 0, 1], [0, 1, 0]]
     assert histogram.sums.tolist() == [2.0, 0.5]
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory):
+    """A catalog with a baseline of ``known``."""
+    folder = write_catalog(tmp_path_factory.mktemp("drifting") / "catalog")
+    path = folder / "catalog.yaml"
+    tree = yaml.safe_load(path.read_text())
+    shares = {"edges": [1.0], "shares": [0.5, 0.5], "num_tokens": 500}
+    tree["baselines"] = [{"feature": "known", "phase": "prompt", **shares}]
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return World(store.load(folder))
+
+
+def test_drift_leaves_out_what_was_steered_and_what_the_canary_asked(drifting):
+    world, made = drifting, drifting.catalog
+    world.observer._is_canary = lambda external_id: external_id == "canary"
+    clamp = (Intervention(feature="known", clamp=6.0),)
+    now = time.monotonic_ns()
+    for asked in (
+        start("a", 600),
+        start("steered", 700, policy="force-known", interventions=clamp),
+        start("canary", 800),
+        start("b", 900),
+    ):
+        shares = (asked.request_id, 0, asked.num_prompt_tokens)
+        world.take(frame(made, shares, acts=0.0, started=(asked,)), now)
+    series = {"feature": "known", "phase": "prompt"}
+    assert world.value("steerscope_feature_drift_tokens", **series) == 1500
+    assert world.value("steerscope_feature_drift_ks", **series) == pytest.approx(0.5)
+    psi = world.value("steerscope_feature_drift_psi", **series)
+    assert psi == pytest.approx(0.5 * math.log(2) + (1e-4 - 0.5) * math.log(1e-4 / 0.5), rel=1e-3)
+
+
+def test_what_the_canary_asked_is_in_no_number_of_features_and_signals(catalog):
+    def asked_by(is_canary):
+        world = World(catalog)
+        world.observer._is_canary = lambda _: is_canary
+        world.take(frame(catalog, ("a", 0, 5), started=(start("a", 3),), finished=("a",)))
+        world.take(frame(catalog, finished=("a",)))
+        return world
+
+    canary, user = asked_by(True), asked_by(False)
+    names = (
+        ("steerscope_feature_activation_count", {"feature": "known", "phase": "prompt"}),
+        ("steerscope_feature_active_tokens_total", {"feature": "known", "phase": "prompt"}),
+        ("steerscope_signal_requests_total", {"signal": "at_question", "label": "low"}),
+        ("steerscope_signal_score_ratio_count", {"signal": "at_question"}),
+    )
+    for name, labels in names:
+        assert user.value(name, **labels) > 0
+        assert canary.value(name, **labels) == 0
+    for phase in ("prompt", "generation"):
+        name = "steerscope_observed_tokens_total"
+        assert canary.value(name, phase=phase) == user.value(name, phase=phase) > 0

@@ -29,7 +29,8 @@ BASELINES = (
 class Columns:
     """Two features of two sites, and one without a baseline."""
 
-    index = {"sparse": 0, "other": 1, "dense": 2}
+    def __init__(self):
+        self.index = {"sparse": 0, "other": 1, "dense": 2}
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""Start vLLM's OpenAI server as this very process.
+"""Start ``vllm serve`` as this very process.
 
-vLLM's CPU build has another distribution name and no working ``vllm`` command, so
-the server's module is run; that works with both builds.
+vLLM's CPU build has another distribution name, under which that command does not work; and the
+module ``vllm.entrypoints.openai.api_server`` runs one API server, whatever
+``--api-server-count`` says.
 """
 
 from __future__ import annotations
@@ -10,15 +11,26 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from steerscope.config import CONFIG_ENV
 
-SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+VLLM_SERVE: Final = """
+import sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+if __name__ == "__main__":
+    parser, serve = FlexibleArgumentParser(prog="vllm"), ServeSubcommand()
+    serve.subparser_init(parser.add_subparsers())
+    arguments = parser.parse_args(["serve", *sys.argv[1:]])
+    serve.validate(arguments)
+    serve.cmd(arguments)
+"""
 
 
 def command(vllm_arguments: Sequence[str]) -> list[str]:
     """The command line of the server."""
-    return [sys.executable, "-m", SERVER_MODULE, *vllm_arguments]
+    return [sys.executable, "-c", VLLM_SERVE, *vllm_arguments]
 
 
 def replace_process(

@@ -17,6 +17,7 @@ from steerscope.client.call import (
     Stubs,
     Watching,
     described_as,
+    trace_metadata,
 )
 from steerscope.client.channel import (
     NO_CREDENTIALS,
@@ -98,8 +99,9 @@ class AsyncClient:
         """Make a call of ``*_calls.py``."""
         stubs = self._repeating if call.is_repeatable else self._once
         deadline = call.deadline(self._timeout)
+        metadata = (*self._metadata, *trace_metadata())
         with our_errors():
-            answer = await stubs[call.rpc](call.request, timeout=deadline, metadata=self._metadata)
+            answer = await stubs[call.rpc](call.request, timeout=deadline, metadata=metadata)
         return call.read(answer)
 
     async def call_for_all(self, listing: Listing[Item]) -> list[Item]:
@@ -112,8 +114,8 @@ class AsyncClient:
 
     def watch(self, watching: Watching[Event]) -> AsyncWatch[Event]:
         """A stream of events."""
-        stub = self._once[watching.rpc]
-        return AsyncWatch(watching, lambda request: stub(request, metadata=self._metadata))
+        stub, metadata = self._once[watching.rpc], (*self._metadata, *trace_metadata())
+        return AsyncWatch(watching, lambda request: stub(request, metadata=metadata))
 
     get_catalog = _calling(catalog_calls.get_catalog)
     get_feature = _calling(catalog_calls.get_feature)

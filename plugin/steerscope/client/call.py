@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -16,6 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from steerscope.api.v1 import catalog_pb2_grpc, steering_pb2_grpc, telemetry_pb2_grpc
+from steerscope.steering.traceparent import HEADER
 
 DEADLINE_SECONDS: Final = 10.0
 """Of a unary call, its repetitions included."""
@@ -113,6 +115,20 @@ class Stubs:
 
     def __getitem__(self, rpc: str) -> Any:
         return self._methods[rpc]
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """What names the trace that the call belongs to: that of the span which is active, if any.
+
+    Whoever has one has imported OpenTelemetry's API; we import it for nobody else.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return tuple(item for item in carrier.items() if item[0] == HEADER)
 
 
 def described_as(build: Callable[..., object]) -> Callable[[Method], Method]:

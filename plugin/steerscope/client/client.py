@@ -17,6 +17,7 @@ from steerscope.client.call import (
     Stubs,
     Watching,
     described_as,
+    trace_metadata,
 )
 from steerscope.client.channel import (
     NO_CREDENTIALS,
@@ -103,8 +104,9 @@ class Client:
     def call(self, call: Call[Result]) -> Result:
         """Make a call of ``*_calls.py``."""
         stubs = self._repeating if call.is_repeatable else self._once
+        deadline = call.deadline(self._timeout)
         with our_errors():
-            answer = stubs[call.rpc](call.request, timeout=call.deadline(self._timeout))
+            answer = stubs[call.rpc](call.request, timeout=deadline, metadata=trace_metadata())
         return call.read(answer)
 
     def call_for_all(self, listing: Listing[Item]) -> list[Item]:
@@ -117,7 +119,8 @@ class Client:
 
     def watch(self, watching: Watching[Event]) -> Watch[Event]:
         """Open a stream of events."""
-        return Watch(watching, self._once[watching.rpc])
+        stub, metadata = self._once[watching.rpc], trace_metadata()
+        return Watch(watching, lambda request: stub(request, metadata=metadata))
 
     get_catalog = _calling(catalog_calls.get_catalog)
     get_feature = _calling(catalog_calls.get_feature)

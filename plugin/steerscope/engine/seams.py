@@ -365,10 +365,16 @@ def _app_with_exchange(
     return app
 
 
+def front_end_of(engine_client: Any) -> FrontEnd | None:
+    """Our half of the front end whose engine client that is; None if it is not ours."""
+    processor = getattr(engine_client, "input_processor", None)
+    front_end: FrontEnd | None = getattr(processor, _ATTRIBUTE, None)
+    return front_end
+
+
 def _add_middleware(app: Any) -> None:
     def metrics(accept: str) -> Any:
-        processor = getattr(getattr(app.state, "engine_client", None), "input_processor", None)
-        front_end: FrontEnd | None = getattr(processor, _ATTRIBUTE, None)
+        front_end = front_end_of(getattr(app.state, "engine_client", None))
         return front_end.metrics(accept) if front_end is not None else None
 
     app.add_middleware(exchange.ExchangeMiddleware, metrics=metrics)
@@ -832,6 +838,15 @@ READS = (
         "stands for a layer that another pipeline stage holds",
     ),
     Read("vllm.exceptions", "VLLMValidationError", "HTTP 400, with a parameter"),
+    Read("vllm.v1.engine.async_llm", "AsyncLLM.input_processor", "the one requests pass", True),
+    *(
+        Read("vllm.plugins.endpoint_plugins.interface", f"EndpointPlugin.{name}", assumes, True)
+        for name, assumes in (
+            ("required_tasks", "one of them is enough; the render server has only its own"),
+            ("attach_router", "called with the app once the launcher has started the hub"),
+            ("init_state", "called with the engine client before the first request"),
+        )
+    ),
     Read(
         "vllm.distributed.parallel_state",
         "get_tensor_model_parallel_rank",

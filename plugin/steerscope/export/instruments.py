@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steerscope.catalog.model import Signal
+from steerscope.catalog.store import Catalog
 from steerscope.telemetry.totals import Bounds
 
 
@@ -54,6 +54,7 @@ FEATURE_ACTIVATION = Instrument(
     "Activation of each feature at each observed token; the sum adds positive parts only.",
     (*ENGINE, "feature", "phase"),
 )
+"""The more features a catalog has, the fewer bounds: ``ACTIVATION_TIERS``."""
 FEATURE_ACTIVE_TOKENS = Instrument(
     "steerscope_feature_active_tokens_total",
     Kind.COUNTER,
@@ -98,6 +99,7 @@ STEERED_TOKENS = Instrument(
     "Tokens at which steering changed the feature.",
     (*ENGINE, "feature", "op"),
 )
+"""There at zero for what policies do; for any other edit from the first token that it changed."""
 STEERING_DOSE = Instrument(
     "steerscope_steering_dose_ratio",
     Kind.HISTOGRAM,
@@ -258,20 +260,44 @@ INSTRUMENTS = (
 )
 
 ACTIVATION_BOUNDS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+ACTIVATION_TIERS = (
+    ACTIVATION_BOUNDS,  # up to 70 features
+    (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0),  # up to 109
+    (0.0, 2.0, 8.0),  # up to 200
+    (),  # how many are above 0 is a counter of its own
+)
+"""Each within the one before, so that what is asked of few bounds holds of more."""
+ACTIVATION_SERIES = 2400
+"""Of one engine, at most, in all tiers but the last: with it four engines' page is under 2 MB."""
 SCORE_BOUNDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 DOSE_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
 LAG_BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 OVERHEAD_BOUNDS = (2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1)
 
 
-def bounds_for(signals: Iterable[Signal]) -> Bounds:
+def bounds_for(catalog: Catalog) -> Bounds:
     """All bucket bounds; scores get those of every label too, so that alerts can sit on them."""
-    below = {label.below for signal in signals for label in signal.labels}
+    below = {label.below for signal in catalog.signals for label in signal.labels}
     labels = {bound for bound in below if bound is not None and 0.0 < bound < 1.0}
     return Bounds(
-        activation=ACTIVATION_BOUNDS,
+        activation=activation_bounds(len(catalog.document.features)),
         score=tuple(sorted({*SCORE_BOUNDS, *labels})),
         dose=DOSE_BOUNDS,
         lag=LAG_BOUNDS,
         overhead=OVERHEAD_BOUNDS,
     )
+
+
+def activation_bounds(num_features: int) -> tuple[float, ...]:
+    """The first tier that so many features can afford, in two phases each."""
+    fitting = (
+        bounds
+        for bounds in ACTIVATION_TIERS
+        if 2 * num_features * num_samples(bounds) <= ACTIVATION_SERIES
+    )
+    return next(fitting, ACTIVATION_TIERS[-1])
+
+
+def num_samples(bounds: Sequence[float]) -> int:
+    """Of one series of a histogram: its buckets, the infinite one too, its count and its sum."""
+    return len(bounds) + 3

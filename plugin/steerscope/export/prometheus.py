@@ -1,7 +1,8 @@
 """The Prometheus exporter: a collector that reads the totals when it is scraped.
 
 Series of a known engine are there from its first frame on, at zero, for everything that
-the catalog declares: rules never see an absent series.
+the catalog declares and policies may do: rules never see an absent series. ``budget.py`` counts
+them beforehand.
 """
 
 from __future__ import annotations
@@ -10,31 +11,38 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+import numpy as np
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar, Timestamp
-from prometheus_client.utils import floatToGoString
 
 from steerscope import __version__
-from steerscope.catalog.model import ModelMatch
+from steerscope.catalog.model import ModelMatch, Signal
 from steerscope.catalog.store import Catalog
 from steerscope.export import instruments as names
-from steerscope.export.instruments import Instrument
-from steerscope.steering.interventions import Op
+from steerscope.export.tables import (
+    INFINITE,
+    Block,
+    Engines,
+    Samples,
+    Table,
+    by_engine,
+    le_of,
+    one_each,
+    samples_of,
+    single,
+)
+from steerscope.steering.admission import RESERVED_NAMES
+from steerscope.steering.interventions import Policy
 from steerscope.steering.rules import OverrideMode
 from steerscope.telemetry import exemplars as telemetry
+from steerscope.telemetry.columns import BoolArray, Columns
 from steerscope.telemetry.exemplars import Exemplars
-from steerscope.telemetry.histograms import HistogramArray
 from steerscope.telemetry.reductions import Missing
 from steerscope.telemetry.totals import (
+    OPS,
     PHASES,
     CanaryOutcome,
     CanaryTotals,
@@ -45,14 +53,15 @@ from steerscope.telemetry.totals import (
 )
 from steerscope.telemetry.tracks import EngineKey, Unobserved
 
-Labels = tuple[str, ...]
-NO_ENGINE: Labels = ("", "")
-"""Empty label values, which Prometheus takes for absent labels."""
-
 NO_OVERRIDE = "none"
-_NO_EXEMPLARS: Mapping[int, telemetry.Exemplar] = MappingProxyType({})
-
+OVERRIDES = (NO_OVERRIDE, *OverrideMode)
 UNOBSERVED_REASONS = tuple(r for r in Unobserved if r is not Unobserved.OVER_LIMIT)
+ENGINE_LOSSES = (FrameLoss.NOT_SENT, FrameLoss.LOST, FrameLoss.CATALOG_MISMATCH)
+HUB_LOSSES = (FrameLoss.MALFORMED, FrameLoss.TOO_MANY_ENGINES)
+FRONT_END_OUTCOMES = (Outcome.ADMITTED, Outcome.REJECTED, Outcome.OVERRULED)
+
+_DRIFT_DIGITS = 6
+"""Behind the point: more is noise, and each digit is told of every feature."""
 
 
 class Totals(Protocol):
@@ -73,7 +82,7 @@ class _Still:
 class HubCollector(Collector):
     """Turns totals into metric families.
 
-    ``policies`` names the policies in force, ``override`` the mode of the override, or ``none``.
+    ``policies`` tells those that there are, ``override`` the mode of the override, or ``none``.
     """
 
     def __init__(
@@ -81,7 +90,7 @@ class HubCollector(Collector):
         catalog: Catalog,
         totals: Totals,
         hub: HubTotals,
-        policies: Callable[[], Iterable[str]],
+        policies: Callable[[], Iterable[Policy]],
         model_match: ModelMatch,
         override: Callable[[], str] = lambda: NO_OVERRIDE,
         exemplars: Exemplars | None = None,
@@ -110,83 +119,94 @@ class HubCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every family, also those without a sample yet."""
+        yield from (table.metric() for table in self.tables())
+        yield from self.of_hub()
+
+    def tables(self) -> Iterator[Table]:
+        """The families that grow with engines, features and policies."""
         engines = [((k.model_name, k.engine), t) for k, t in self._totals.engines.items()]
-        yield from self._signals(engines)
+        policies = tuple(self._policies())
+        yield self._scores(engines)
+        yield by_engine(names.SIGNAL_REQUESTS, engines, _labels)
         yield from _features(engines)
         yield from _tokens(engines)
-        yield self._steering_requests(engines)
-        yield from _steering(engines)
+        yield self._steering_requests(engines, policies)
+        yield _steered(engines, policies)
+        yield one_each(names.STEERING_DOSE, engines, lambda of: of.dose)
         yield from self._frames(engines)
-        yield _last_seen(engines)
-        yield _counter(names.HUB_CPU, [((), time.process_time())])
-        yield _counter(names.HUB_RESTARTS, [((), self._hub.restarts)])
-        undelivered = [((signal,), n) for signal, n in sorted(self._hub.undelivered.items())]
-        yield _counter(names.OTEL_DROPPED, undelivered)
-        yield _counter(names.PROPAGATION_TIMEOUTS, [((), self._hub.propagation_timeouts)])
-        yield self._steering_override()
         yield from _drift(engines)
-        yield from _canaries(self._hub.canaries)
-        yield self._build_info()
 
-    def _signals(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-        scores = _family(names.SIGNAL_SCORE)
-        labelled = []
-        for engine, totals in engines:
-            for series, signal in enumerate(totals.signals):
-                exemplars = self._exemplars.of(EngineKey(*engine), signal.name)
-                _add_histogram(scores, (*engine, signal.name), totals.score, series, exemplars)
-                for label in (*(band.label for band in signal.labels), *Missing):
-                    count = totals.labels[signal.name, label]
-                    labelled.append(((*engine, signal.name, label), count))
-        yield scores
-        yield _counter(names.SIGNAL_REQUESTS, labelled)
-
-    def _steering_requests(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Metric:
-        policies = list(self._policies())
-        front_end = (Outcome.ADMITTED, Outcome.REJECTED, Outcome.OVERRULED)
-        samples = [
-            ((*NO_ENGINE, policy, outcome), self._hub.outcomes[policy, outcome])
-            for policy in policies
-            for outcome in front_end
-        ]
-        samples += [
-            ((*engine, policy, Outcome.APPLIED), totals.applied[policy])
-            for engine, totals in engines
-            for policy in policies
-        ]
-        return _counter(names.STEERING_REQUESTS, samples)
-
-    def _frames(self, engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-        yield _counter(names.FRAMES, [(engine, totals.frames) for engine, totals in engines])
-        lost = [
-            ((*NO_ENGINE, reason), self._hub.frames_lost[reason])
-            for reason in (FrameLoss.MALFORMED, FrameLoss.TOO_MANY_ENGINES)
-        ]
-        lost += [
-            ((*engine, reason), totals.frames_lost[reason])
-            for engine, totals in engines
-            for reason in (FrameLoss.NOT_SENT, FrameLoss.LOST, FrameLoss.CATALOG_MISMATCH)
-        ]
-        yield _counter(names.FRAMES_DROPPED, lost)
-        lag, overhead = _family(names.READOUT_LAG), _family(names.STEP_OVERHEAD)
-        for engine, totals in engines:
-            _add_histogram(lag, engine, totals.lag, 0)
-            _add_histogram(overhead, engine, totals.overhead, 0)
-        yield lag
-        yield overhead
-
-    def _steering_override(self) -> Metric:
-        family, in_force = _gauge(names.STEERING_OVERRIDE), self._override()
-        for mode in (NO_OVERRIDE, *OverrideMode):
-            family.add_metric((mode,), float(mode == in_force))
-        return family
-
-    def _build_info(self) -> Metric:
+    def of_hub(self) -> Iterator[Metric]:
+        """The other families."""
+        hub, in_force = self._hub, self._override()
+        yield single(names.HUB_CPU, {(): time.process_time()})
+        yield single(names.HUB_RESTARTS, {(): hub.restarts})
+        yield single(names.OTEL_DROPPED, {(s,): n for s, n in sorted(hub.undelivered.items())})
+        yield single(names.PROPAGATION_TIMEOUTS, {(): hub.propagation_timeouts})
+        modes: Samples = {(mode,): float(mode == in_force) for mode in OVERRIDES}
+        yield single(names.STEERING_OVERRIDE, modes)
+        yield from _canaries(hub.canaries)
         document = self._catalog.document
-        family = _gauge(names.BUILD_INFO)
         catalog = (document.name, document.version, self._catalog.digest)
-        family.add_metric((__version__, *catalog, self._model_match), 1)
-        return family
+        yield single(names.BUILD_INFO, {(__version__, *catalog, self._model_match): 1})
+
+    def _scores(self, engines: Engines) -> Table:
+        blocks, le = [], INFINITE
+        for engine, totals in engines:
+            of, le = totals.score, le_of(totals.score)
+            signals = [signal.name for signal in totals.signals]
+            exemplars = {
+                series * (len(le) + 2) + bucket: _exemplar(exemplar)
+                for series, signal in enumerate(signals)
+                for bucket, exemplar in self._exemplars.of(EngineKey(*engine), signal).items()
+            }
+            of_signals = tuple((*engine, signal) for signal in signals)
+            blocks.append(Block(engine, of_signals, samples_of(of), exemplars))
+        return Table(names.SIGNAL_SCORE, blocks, le)
+
+    def _steering_requests(self, engines: Engines, policies: Sequence[Policy]) -> Table:
+        known = [*(policy.name for policy in policies), *sorted(RESERVED_NAMES)]
+        asked: Samples = {
+            (policy, outcome): self._hub.outcomes[policy, outcome]
+            for policy in known
+            for outcome in FRONT_END_OUTCOMES
+        }
+
+        def applied(of: EngineTotals) -> Samples:
+            return {(policy, Outcome.APPLIED): of.applied[policy] for policy in known}
+
+        return by_engine(names.STEERING_REQUESTS, engines, applied, asked)
+
+    def _frames(self, engines: Engines) -> Iterator[Table]:
+        def lost(of: EngineTotals) -> Samples:
+            return {(reason,): of.frames_lost[reason] for reason in ENGINE_LOSSES}
+
+        unclear: Samples = {(reason,): self._hub.frames_lost[reason] for reason in HUB_LOSSES}
+        yield by_engine(names.FRAMES, engines, lambda of: {(): of.frames})
+        yield by_engine(names.FRAMES_DROPPED, engines, lost, unclear)
+        yield one_each(names.READOUT_LAG, engines, lambda of: of.lag)
+        yield one_each(names.STEP_OVERHEAD, engines, lambda of: of.overhead)
+        now, heard = time.monotonic_ns(), [(key, of) for key, of in engines if of.frames]
+        # Of the others all frames were refused, and none counted.
+        yield by_engine(
+            names.ENGINE_LAST_SEEN,
+            heard,
+            lambda of: {(): max(now - of.last_seen_ns, 0) * 1e-9},
+        )
+
+
+def signal_labels(signal: Signal) -> tuple[str, ...]:
+    """Each label that a sequence may get."""
+    return tuple(dict.fromkeys((*(band.label for band in signal.labels), *Missing)))
+
+
+def steered_pairs(columns: Columns, policies: Iterable[Policy]) -> BoolArray:
+    """Which features the policies edit, and how: bool [features, ``OPS``]."""
+    edited: BoolArray = np.zeros((len(columns.features), len(OPS)), np.bool_)
+    for edit in (edit for policy in policies for edit in policy.interventions):
+        if (column := columns.index.get(edit.feature)) is not None:
+            edited[column, OPS.index(edit.op)] = columns.steerable[column]
+    return edited
 
 
 def _still(totals: EngineTotals) -> EngineTotals:
@@ -194,113 +214,83 @@ def _still(totals: EngineTotals) -> EngineTotals:
     return copy.deepcopy(totals, {id(o): o for o in (totals.columns, totals.signals)})
 
 
-def _features(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-    activation = _family(names.FEATURE_ACTIVATION)
-    active = []
-    for engine, totals in engines:
-        for column, feature in enumerate(totals.columns.features):
-            for phase, name in enumerate(PHASES):
-                labels = (*engine, feature, name)
-                _add_histogram(activation, labels, totals.activation, 2 * column + phase)
-                active.append((labels, int(totals.active[column, phase])))
-    yield activation
-    yield _counter(names.FEATURE_ACTIVE_TOKENS, active)
+def _labels(of: EngineTotals) -> Samples:
+    return {
+        (signal.name, label): of.labels[signal.name, label]
+        for signal in of.signals
+        for label in signal_labels(signal)
+    }
 
 
-def _tokens(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-    observed = [
-        ((*engine, name), int(totals.observed[phase]))
-        for engine, totals in engines
-        for phase, name in enumerate(PHASES)
-    ]
-    unobserved = [
-        ((*engine, reason), totals.unobserved[reason])
-        for engine, totals in engines
-        for reason in UNOBSERVED_REASONS
-    ]
-    yield _counter(names.OBSERVED_TOKENS, observed)
-    yield _counter(names.CACHED_TOKENS, [(engine, t.cached) for engine, t in engines])
-    yield _counter(names.UNOBSERVED_TOKENS, unobserved)
+def _features(engines: Engines) -> Iterator[Table]:
+    activation, active, le = [], [], INFINITE
+    for engine, of in engines:
+        series = tuple((*engine, name, phase) for name in of.columns.features for phase in PHASES)
+        activation.append(Block(engine, series, samples_of(of.activation)))
+        active.append(Block(engine, series, of.active.ravel().tolist()))
+        le = le_of(of.activation)
+    yield Table(names.FEATURE_ACTIVATION, activation, le)
+    yield Table(names.FEATURE_ACTIVE_TOKENS, active)
 
 
-def _steering(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-    dose = _family(names.STEERING_DOSE)
-    steered = []
-    for engine, totals in engines:
-        _add_histogram(dose, engine, totals.dose, 0)
-        for column, feature in enumerate(totals.columns.features):
-            if totals.columns.steerable[column]:
-                for i, op in enumerate(Op):
-                    steered.append(((*engine, feature, op), int(totals.steered[column, i])))
-    yield _counter(names.STEERED_TOKENS, steered)
-    yield dose
+def _tokens(engines: Engines) -> Iterator[Table]:
+    def observed(of: EngineTotals) -> Samples:
+        return {(name,): int(of.observed[phase]) for phase, name in enumerate(PHASES)}
+
+    def unobserved(of: EngineTotals) -> Samples:
+        return {(reason,): of.unobserved[reason] for reason in UNOBSERVED_REASONS}
+
+    yield by_engine(names.OBSERVED_TOKENS, engines, observed)
+    yield by_engine(names.CACHED_TOKENS, engines, lambda of: {(): of.cached})
+    yield by_engine(names.UNOBSERVED_TOKENS, engines, unobserved)
 
 
-def _drift(engines: Sequence[tuple[Labels, EngineTotals]]) -> Iterator[Metric]:
-    instruments = (names.FEATURE_DRIFT_PSI, names.FEATURE_DRIFT_KS, names.FEATURE_DRIFT_TOKENS)
-    psi, ks, tokens = map(_gauge, instruments)
-    for engine, totals in engines:
-        for found in totals.drift.measure(time.monotonic()):
-            labels = (*engine, found.feature, found.phase)
-            tokens.add_metric(labels, found.num_tokens)
-            if found.psi is not None and found.ks is not None:
-                psi.add_metric(labels, found.psi)
-                ks.add_metric(labels, found.ks)
-    yield from (psi, ks, tokens)
+def _steered(engines: Engines, policies: Sequence[Policy]) -> Table:
+    """What policies would do, and whatever was ever done."""
+    blocks = []
+    for engine, of in engines:
+        there = steered_pairs(of.columns, policies) | (of.steered > 0)
+        features = of.columns.features
+        series = tuple((*engine, features[f], OPS[o]) for f, o in np.argwhere(there).tolist())
+        blocks.append(Block(engine, series, of.steered[there].tolist()))
+    return Table(names.STEERED_TOKENS, blocks)
+
+
+def _drift(engines: Engines) -> Iterator[Table]:
+    psi, ks, tokens = [], [], []
+    for engine, of in engines:
+        every = list(of.drift.measure(time.monotonic()))
+        series = tuple((*engine, found.feature, found.phase) for found in every)
+        tokens.append(Block(engine, series, [found.num_tokens for found in every]))
+        known = tuple(s for s, found in zip(series, every, strict=True) if found.psi is not None)
+        psi.append(Block(engine, known, _rounded(found.psi for found in every)))
+        ks.append(Block(engine, known, _rounded(found.ks for found in every)))
+    yield Table(names.FEATURE_DRIFT_PSI, psi)
+    yield Table(names.FEATURE_DRIFT_KS, ks)
+    yield Table(names.FEATURE_DRIFT_TOKENS, tokens)
+
+
+def _rounded(values: Iterable[float | None]) -> list[float]:
+    known = np.array([value for value in values if value is not None], np.float64)
+    rounded: list[float] = known.round(_DRIFT_DIGITS).tolist()
+    return rounded
 
 
 def _canaries(canaries: Mapping[str, CanaryTotals]) -> Iterator[Metric]:
-    runs = [
-        ((name, outcome), canary.runs[outcome])
+    runs: Samples = {
+        (name, outcome): canary.runs[outcome]
         for name, canary in canaries.items()
         for outcome in CanaryOutcome
-    ]
-    yield _counter(names.CANARY_RUNS, runs)
-    last, scores = _gauge(names.CANARY_LAST_SUCCESS), _gauge(names.CANARY_SCORE)
-    for name, canary in canaries.items():
-        last.add_metric((name,), canary.last_success)
-        for signal, score in canary.scores.items():
-            scores.add_metric((name, signal), score)
-    yield last
-    yield scores
-
-
-def _last_seen(engines: Sequence[tuple[Labels, EngineTotals]]) -> Metric:
-    family, now = _gauge(names.ENGINE_LAST_SEEN), time.monotonic_ns()
-    for engine, totals in engines:
-        if totals.frames:  # else all of them were refused, and none counted
-            family.add_metric(engine, max(now - totals.last_seen_ns, 0) * 1e-9)
-    return family
-
-
-def _gauge(instrument: Instrument) -> GaugeMetricFamily:
-    return GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
-
-
-def _counter(instrument: Instrument, samples: Iterable[tuple[Labels, float]]) -> Metric:
-    family = CounterMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
-    for labels, value in samples:
-        family.add_metric(labels, value)
-    return family
-
-
-def _family(instrument: Instrument) -> HistogramMetricFamily:
-    return HistogramMetricFamily(instrument.name, instrument.help, labels=instrument.labels)
-
-
-def _add_histogram(
-    family: HistogramMetricFamily,
-    labels: Labels,
-    histogram: HistogramArray,
-    series: int,
-    exemplars: Mapping[int, telemetry.Exemplar] = _NO_EXEMPLARS,
-) -> None:
-    bounds = [*map(floatToGoString, histogram.bounds.tolist()), "+Inf"]
-    cumulative = histogram.counts[series].cumsum().tolist()
-    buckets: list[Any] = list(zip(bounds, cumulative, strict=True))
-    for bucket, exemplar in exemplars.items():
-        buckets[bucket] = (*buckets[bucket], _exemplar(exemplar))
-    family.add_metric(labels, buckets, float(histogram.sums[series]))
+    }
+    scores: Samples = {
+        (name, signal): score
+        for name, canary in canaries.items()
+        for signal, score in canary.scores.items()
+    }
+    yield single(names.CANARY_RUNS, runs)
+    last: Samples = {(name,): canary.last_success for name, canary in canaries.items()}
+    yield single(names.CANARY_LAST_SUCCESS, last)
+    yield single(names.CANARY_SCORE, scores)
 
 
 def _exemplar(exemplar: telemetry.Exemplar) -> Exemplar:

@@ -32,7 +32,9 @@ from steerscope.hub.audit.events import (
     edits,
 )
 from steerscope.hub.audit.log import AuditLog, AuditUnavailableError, Fsync, OnError
+from steerscope.hub.call_trace import current_trace_id
 from steerscope.hub.policies import StoredPolicy
+from steerscope.steering import traceparent
 from steerscope.steering.admission import INLINE
 from steerscope.steering.interventions import Policy, SteeringSpec, steering_digest
 from steerscope.steering.rules import Binding, Override, OverrideMode, Rules, binding_digest
@@ -59,7 +61,8 @@ class Auditor:
     """Writes events; belongs to the hub's loop.
 
     Changes are told before they are made and raise ``AuditUnavailableError`` if they cannot be
-    recorded; what has happened already is only counted as lost then.
+    recorded; what has happened already is only counted as lost then. What a call led to bears the
+    trace that the call did, what became of a request that of the request.
     """
 
     def __init__(self, log: AuditLog, catalog: Catalog, asked: AskedLog) -> None:
@@ -120,11 +123,12 @@ class Auditor:
         """A request is about to be steered anew."""
         digest = steering_digest(self._catalog.digest, spec.interventions, spec.max_dose)
         inline = edits(spec.interventions) if policy == INLINE else ()
-        self.log.record(SteeringChanged(external_id, policy, digest, edits=inline), who)
+        event = SteeringChanged(external_id, policy, digest, edits=inline)
+        self.log.record(event, who, current_trace_id())
 
     def released(self, external_id: str, who: str) -> None:
         """A request's steering is about to end."""
-        self.log.record(Released(external_id), who)
+        self.log.record(Released(external_id), who, current_trace_id())
 
     def denied(self, who: str, rpc: str, scope: str, reason: str) -> None:
         """Someone may not do what they asked."""
@@ -141,6 +145,7 @@ class Auditor:
         asked = self._asked.digest(track.start.external_id)
         if not (track.interventions or asked):
             return
+        trace = traceparent.parse(track.start.traceparent)
         self._tell(
             RequestSteered(
                 external_id=track.start.external_id,
@@ -156,16 +161,17 @@ class Auditor:
                 dose_max=track.steered.dose_max,
                 complete=track.is_complete and track.digest == asked,
                 edits=edits(track.interventions) if track.policy == INLINE else (),
-            )
+            ),
+            trace_id=trace.trace_id if trace is not None else "",
         )
 
     def _digest(self, policy: Policy) -> str:
         return steering_digest(self._catalog.digest, policy.interventions, policy.max_dose)
 
-    def _tell(self, event: AuditEvent, who: str = "") -> None:
+    def _tell(self, event: AuditEvent, who: str = "", trace_id: str = "") -> None:
         """Of what has happened already: a failure is counted by the log itself."""
         try:
-            self.log.record(event, who)
+            self.log.record(event, who, trace_id or current_trace_id())
         except AuditError:
             return
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import math
 
 from google.rpc import code_pb2
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import choose_encoder, gzip_accepted
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -23,6 +25,8 @@ from steerscope.hub.auth.statuses import CODES
 from steerscope.hub.pages import HubPages, report_tree
 from steerscope.security import Scope
 
+GZIP_LEVEL = 1
+"""A page is a tenth already; more costs more than it saves."""
 _HTTP_STATUS = {UnauthenticatedError: 401, DeniedError: 403, ExhaustedError: 429}
 
 
@@ -34,7 +38,12 @@ def application(pages: HubPages, guard: Guard, *, metrics_open: bool) -> Starlet
             _admit(guard.gate, request, "/metrics")
         accept = request.headers.get("accept", "")
         _, content_type = choose_encoder(accept)
-        return Response(pages.metrics(accept), headers={"content-type": content_type})
+        headers = {"content-type": content_type, "vary": "accept, accept-encoding"}
+        body = pages.metrics(accept)
+        if gzip_accepted(request.headers.get("accept-encoding", "")):
+            headers["content-encoding"] = "gzip"
+            body = await asyncio.to_thread(gzip.compress, body, GZIP_LEVEL, mtime=0)
+        return Response(body, headers=headers)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "problems": guard.problems})

@@ -111,7 +111,11 @@ class FrontendLink:
         self._waiting.append(Rejected(external_id, policy, field, reason))
 
     async def ask(self, what: ReportAsked | MetricsAsked) -> bytes | None:
-        """The hub's answer; None if there is none, or not in time."""
+        """The hub's answer; None where it has nothing to tell.
+
+        Raises:
+            HubError: it did not answer in time.
+        """
         number = next(self._numbers)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes | None] = loop.create_future()
@@ -120,7 +124,7 @@ class FrontendLink:
         try:
             return await asyncio.wait_for(answer, ANSWER_TIMEOUT_SECONDS)
         except TimeoutError:
-            return None
+            raise HubError(f"the hub did not answer in {ANSWER_TIMEOUT_SECONDS:g} s") from None
         finally:
             self._asked.pop(number, None)
 

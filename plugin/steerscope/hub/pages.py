@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from steerscope.api.v1 import telemetry_pb2
 from steerscope.catalog.model import ModelMatch
 from steerscope.catalog.store import Catalog
+from steerscope.export.exposition import MetricsPage
 from steerscope.hub.conversions import report_message
 from steerscope.hub.watches.waiters import Waiters
 from steerscope.telemetry.asked import AskedLog
@@ -27,14 +26,14 @@ class HubPages:
         ledger: RequestLedger,
         asked: AskedLog,
         waiters: Waiters,
-        registry: CollectorRegistry,
+        page: MetricsPage,
         model_match: ModelMatch,
     ) -> None:
         self._catalog = catalog
         self._ledger = ledger
         self._asked = asked
         self._waiters = waiters
-        self._registry = registry
+        self._page = page
         self._model_match = model_match
 
     async def finished(
@@ -62,9 +61,7 @@ class HubPages:
 
     def metrics(self, accept: str) -> bytes:
         """The metrics page, in a format that the HTTP header ``accept`` names."""
-        encode, _ = choose_encoder(accept)
-        page: bytes = encode(self._registry)
-        return page
+        return self._page.text(accept)
 
     def _has_finished(self, external_id: str) -> bool:
         tracks = self._ledger.report(external_id)

@@ -16,7 +16,6 @@ import grpc.aio
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from steerscope.api.v1 import (
@@ -30,7 +29,8 @@ from steerscope.api.v1 import (
 from steerscope.catalog import store as catalogs
 from steerscope.config import CanarySettings, Settings
 from steerscope.errors import HubError
-from steerscope.export import instruments
+from steerscope.export import budget, instruments
+from steerscope.export.exposition import MetricsPage
 from steerscope.export.prometheus import HubCollector
 from steerscope.hub.auditing import Audited, Auditor, open_log
 from steerscope.hub.auth.files import refresh_often
@@ -53,7 +53,6 @@ from steerscope.hub.tracing import Traced, open_export
 from steerscope.hub.watches.listening import Watches
 from steerscope.hub.watches.waiters import Waiters
 from steerscope.security import is_loopback
-from steerscope.steering.admission import RESERVED_NAMES
 from steerscope.steering.policies import check_declared
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.exemplars import Exemplars
@@ -110,6 +109,7 @@ class Hub:
         self._guard = guard(settings.security, settings.addresses)
         self._catalog = catalogs.load(Path(settings.catalog), settings.catalog_digest)
         check_declared(self._catalog, settings)
+        budget.check(self._catalog, settings)
         self._store = PolicyStore(
             self._catalog,
             settings.policies,
@@ -130,7 +130,7 @@ class Hub:
             max_tokens_per_track=settings.hub.max_tokens_per_report,
         )
         self._otel = open_export(settings, lambda: collector.snapshot(), totals)
-        bounds = instruments.bounds_for(self._catalog.signals)
+        bounds = instruments.bounds_for(self._catalog)
         exemplars = Exemplars(bounds.score)
         self._observer = Observer(
             self._catalog,
@@ -151,19 +151,17 @@ class Hub:
             self._catalog,
             self._observer,
             totals,
-            self._policy_labels,
+            lambda: (stored.policy for stored in self._store.all()),
             settings.model_match,
             lambda: rules.override_mode,
             exemplars,
         )
-        self._registry = CollectorRegistry()
-        self._registry.register(collector)
         self._pages = HubPages(
             self._catalog,
             self._observer.ledger,
             self._asked,
             self._watches.waiters,
-            self._registry,
+            MetricsPage(collector),
             settings.model_match,
         )
         self._store.expired = self._auditor.policy_expired
@@ -247,9 +245,6 @@ class Hub:
 
     async def _tell_state(self, is_there: bool) -> None:
         await self._set_health(STATE_SERVICE, is_there)
-
-    def _policy_labels(self) -> list[str]:
-        return [*(stored.policy.name for stored in self._store.all()), *sorted(RESERVED_NAMES)]
 
     async def _watch_security(self) -> None:
         async def tell(is_newest: bool) -> None:

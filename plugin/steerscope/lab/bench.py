@@ -228,6 +228,7 @@ def _settings(catalog: Path) -> config.Settings:
             "max_tokens_per_report": 1 << 20,
             "report_ttl_seconds": 3600.0,
         },
+        "telemetry": {"max_series_per_engine": 1 << 30},  # nobody scrapes a lab
     }
     return config.from_tree(tree, base=Path.cwd(), where="lab")
 

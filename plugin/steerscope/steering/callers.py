@@ -9,7 +9,7 @@ from steerscope.config import Settings
 from steerscope.hub.auth.denials import AccessError
 from steerscope.hub.auth.directory import Directory, IdentitiesFromFile, Shown
 from steerscope.hub.auth.identity import anonymous
-from steerscope.security import ANONYMOUS, Identity, Unauthenticated
+from steerscope.security import ANONYMOUS, Identity, Scope, Unauthenticated, anonymous_may
 from steerscope.steering.exchange import Headers
 from steerscope.steering.rules import Traits
 
@@ -32,6 +32,7 @@ class Callers:
         self._reload_seconds = security.reload_seconds
         self._reload_at = time.monotonic() + self._reload_seconds
         self._directory = Directory(security, self._file, anonymous(Unauthenticated.NONE), _now)
+        self._nobody = anonymous(anonymous_may(security, settings.addresses.values()))
 
     def identity(self, headers: Headers) -> Identity | None:
         """Whose token the request bears; None for nobody's."""
@@ -44,6 +45,13 @@ class Callers:
         except AccessError:
             return None
         return None if found.name == ANONYMOUS else found
+
+    def may_observe(self, headers: Headers) -> bool:
+        """Whether who sent these may read what the hub tells those with the scope ``observe``.
+
+        A token that is nobody's shows nobody, and is no offence here: it may be vLLM's own key.
+        """
+        return Scope.OBSERVE in (self.identity(headers) or self._nobody).granted
 
     def traits(self, headers: Headers, identity: Identity | None, lora: str) -> Traits:
         """What rules can match. A header that is given twice is none."""

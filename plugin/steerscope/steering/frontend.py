@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,8 @@ import msgspec
 
 from steerscope.catalog.store import Catalog
 from steerscope.config import Settings
-from steerscope.errors import SpecError
-from steerscope.hub.auth.denials import AccessError
+from steerscope.errors import HubError, SpecError
+from steerscope.hub.auth.denials import AccessError, UnauthenticatedError
 from steerscope.hub.auth.identity import authorise_spec, authorise_use
 from steerscope.hub.link import FrontendLink
 from steerscope.hub.protocol import MetricsAsked, ReportAsked
@@ -27,7 +28,7 @@ from steerscope.steering.admission import (
     wanted,
 )
 from steerscope.steering.callers import Callers
-from steerscope.steering.exchange import Exchange
+from steerscope.steering.exchange import Exchange, Headers
 from steerscope.steering.stamp import encode
 
 REPORT_WAIT_SECONDS = 1.5
@@ -54,6 +55,8 @@ class FrontEnd:
         refused: str = "",
     ) -> None:
         self._link = link
+        # One at a time: the largest report keeps the hub's loop busy for half a second.
+        self._asking = asyncio.Lock()
         self._requires_identity = settings.steering.require_identity
         self._callers = Callers(settings, model)
         self._admission = Admission(
@@ -91,7 +94,22 @@ class FrontEnd:
 
     async def metrics(self, accept: str) -> bytes:
         """The hub's metrics page in a format that ``accept`` names; empty if the hub is away."""
-        return await self._link.ask(MetricsAsked(accept)) or b""
+        try:
+            return await self._link.ask(MetricsAsked(accept)) or b""
+        except HubError:
+            return b""
+
+    async def report(self, external_id: str, headers: Headers) -> bytes | None:
+        """A request's report as JSON, as the hub's own page has it; None for an unknown one.
+
+        Raises:
+            UnauthenticatedError: those headers show nobody who may observe.
+            HubError: the hub is away.
+        """
+        if not self._callers.may_observe(headers):
+            raise UnauthenticatedError("NO_CREDENTIALS", "a token with the scope observe is needed")
+        async with self._asking:
+            return await self._link.ask(ReportAsked(external_id, 0.0, True))
 
     def stamp(
         self, external_id: str, asked: Asked | None, num_prompt_tokens: int, traceparent: str = ""
@@ -119,9 +137,15 @@ class FrontEnd:
         asked = ReportAsked(external_id, REPORT_WAIT_SECONDS, want is Wanted.ACTIVATIONS)
 
         async def report() -> dict[str, Any]:
-            found = await self._link.ask(asked)
-            if found is None:
+            try:
+                found = await self._link.ask(asked)
+            except HubError:
                 return {"name": f"requests/{external_id}", "unavailable": "the hub is away"}
+            if found is None:
+                return {
+                    "name": f"requests/{external_id}",
+                    "unavailable": "the hub does not know it",
+                }
             tree: dict[str, Any] = json.loads(found)
             return tree
 

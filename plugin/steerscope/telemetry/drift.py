@@ -3,7 +3,7 @@
 Both measures look at counts per bin, so a server need only keep those.
 Neither says why: other prompts, another model, another language.
 
-Shapes: n values, B bins.
+Shapes: n values, K baselines, B bins.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from steerscope.catalog.model import Baseline
+
+FloatArray = npt.NDArray[np.float64]
 
 SHARE_FLOOR: Final = 1e-4
 """A bin's share is taken for no less than this, on both sides: an empty bin costs a bounded sum,
@@ -35,9 +37,7 @@ def psi(baseline: Baseline, counts: npt.NDArray[np.integer]) -> float | None:
     """
     if not counts.sum():
         return None
-    then_B = np.maximum(baseline.shares, SHARE_FLOOR)
-    now_B = np.maximum(counts / counts.sum(), SHARE_FLOOR)
-    return float(((now_B - then_B) * np.log(now_B / then_B)).sum())
+    return float(psi_of(np.array(baseline.shares), counts / counts.sum()))
 
 
 def ks(baseline: Baseline, counts: npt.NDArray[np.integer]) -> float | None:
@@ -47,5 +47,21 @@ def ks(baseline: Baseline, counts: npt.NDArray[np.integer]) -> float | None:
     """
     if not counts.sum():
         return None
-    gaps_B = np.cumsum(counts / counts.sum()) - np.cumsum(baseline.shares)
-    return float(np.abs(gaps_B).max())
+    return float(ks_of(np.array(baseline.shares), counts / counts.sum()))
+
+
+def psi_of(then_KB: FloatArray, now_KB: FloatArray) -> FloatArray:
+    """``psi`` of many baselines at once: shares [..., B] to [...].
+
+    A bin that is empty in both, as where a baseline has fewer of them, adds nothing.
+    """
+    then_KB, now_KB = np.maximum(then_KB, SHARE_FLOOR), np.maximum(now_KB, SHARE_FLOOR)
+    found_K: FloatArray = ((now_KB - then_KB) * np.log(now_KB / then_KB)).sum(axis=-1)
+    return found_K
+
+
+def ks_of(then_KB: FloatArray, now_KB: FloatArray) -> FloatArray:
+    """``ks`` of many baselines at once, as ``psi_of``."""
+    gaps_KB = np.cumsum(now_KB, axis=-1) - np.cumsum(then_KB, axis=-1)
+    found_K: FloatArray = np.abs(gaps_KB).max(axis=-1)
+    return found_K

@@ -6,8 +6,7 @@ Shapes: n tokens, K baselines, B bins of the one that has most, P panes of a win
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ MIN_TOKENS: Final = 1000
 """Fewer say nothing: ten bins of 500 tokens have moved by 0.02 when nothing has."""
 
 
-@dataclass(frozen=True, slots=True)
-class WindowedDrift:
+class WindowedDrift(NamedTuple):
     """How far one feature is from its baseline; ``None`` while too few tokens are known."""
 
     feature: str
@@ -36,7 +34,7 @@ class DriftWindow:
     """The newest ``seconds`` of every feature that has a baseline."""
 
     def __init__(self, baselines: Sequence[Baseline], columns: Columns, seconds: float) -> None:
-        self._baselines = tuple(baselines)
+        self._series = tuple((b.feature, b.phase) for b in baselines)
         self._pane_seconds = seconds / NUM_PANES
         self._column_K = np.array([columns.index[b.feature] for b in baselines], np.intp)
         self._phase_K = np.array([b.phase == "generation" for b in baselines], np.intp)
@@ -44,6 +42,9 @@ class DriftWindow:
         self._edges_KE = np.full((len(baselines), width), np.inf)
         for row, of in zip(self._edges_KE, baselines, strict=True):
             row[: len(of.edges)] = of.edges
+        self._shares_KB = np.zeros((len(baselines), width + 1))
+        for row, of in zip(self._shares_KB, baselines, strict=True):
+            row[: len(of.shares)] = of.shares
         self._counts_PKB = np.zeros((NUM_PANES, len(baselines), width + 1), np.int64)
         self._pane = 0
 
@@ -66,17 +67,13 @@ class DriftWindow:
         """Every baseline's drift, in the catalog's order."""
         self._move_on(now)
         counts_KB: IntArray = self._counts_PKB.sum(axis=0)
-        for of, counts_B in zip(self._baselines, counts_KB, strict=True):
-            counts = counts_B[: len(of.shares)]
-            num_tokens = int(counts.sum())
-            is_known = num_tokens >= MIN_TOKENS
-            yield WindowedDrift(
-                of.feature,
-                of.phase,
-                num_tokens,
-                drift.psi(of, counts) if is_known else None,
-                drift.ks(of, counts) if is_known else None,
-            )
+        tokens_K = counts_KB.sum(axis=1)
+        now_KB = counts_KB / np.maximum(tokens_K, 1)[:, None]
+        psi_K = drift.psi_of(self._shares_KB, now_KB).tolist()
+        ks_K = drift.ks_of(self._shares_KB, now_KB).tolist()
+        for of, tokens, psi, ks in zip(self._series, tokens_K.tolist(), psi_K, ks_K, strict=True):
+            is_known = tokens >= MIN_TOKENS
+            yield WindowedDrift(*of, tokens, psi if is_known else None, ks if is_known else None)
 
     def _move_on(self, now: float) -> None:
         """Empty the panes that ``now`` has left behind."""

@@ -19,7 +19,7 @@ import msgspec
 
 from steerscope.errors import SteerscopeError
 from steerscope.hub.audit.events import AuditEvent
-from steerscope.hub.audit.fields import Checked, Id, printable
+from steerscope.hub.audit.fields import Checked, Id, TraceId, printable
 
 GENESIS = "0" * 64
 MIN_KEY_BYTES = 32
@@ -35,13 +35,17 @@ class AuditError(SteerscopeError):
 
 
 class Entry(Checked, frozen=True, kw_only=True):
-    """A line. ``identity`` is who did it, empty for the hub itself."""
+    """A line. ``identity`` is who did it, empty for the hub itself.
+
+    ``trace_id`` is the W3C trace of the call or request that led to it, if its caller showed one.
+    """
 
     seq: Annotated[int, msgspec.Meta(ge=1)]
     time: Time
     behind_us: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """How far the clock was behind the line before: it was set back."""
     identity: Id
+    trace_id: TraceId = ""
     event: AuditEvent
     previous: Sha256
     mac: Sha256 | None = None

@@ -3,7 +3,7 @@
 Every text field is one of the types below. Each has a bound and a way to be cleaned, which
 ``Checked`` applies when a struct is made, so that there are no events but clean ones:
 
-    Digest, PolicyName, Word, FieldPath, RpcName, FeatureName   of one form, else ``?``
+    Digest, TraceId, PolicyName, Word, FieldPath, RpcName, FeatureName   of one form, else ``?``
     Id       chosen by others (request ids, identities): printable, cut at 128 characters
     Reason   a message of ours: what it quotes of others is taken out, cut at 200 characters
 """
@@ -68,6 +68,7 @@ def _only(pattern: str) -> msgspec.Meta:
 Id = Annotated[str, msgspec.Meta(max_length=MAX_ID, extra={"clean": clean_id})]
 Reason = Annotated[str, msgspec.Meta(max_length=MAX_REASON, extra={"clean": _clean_reason})]
 Digest = Annotated[str, _only(r"[0-9a-f]{0,64}")]
+TraceId = Annotated[str, _only(r"(?:[0-9a-f]{32})?")]
 PolicyName = Annotated[str, _only(r"(?:[a-z][a-z0-9-]{0,62})?")]
 FeatureName = Annotated[str, _only(r"(?:[a-z][a-z0-9_]{0,62})?")]
 Word = Annotated[str, _only(r"[a-z0-9_]{0,32}")]

@@ -131,8 +131,8 @@ class AuditLog:
         """Whether steering must be refused for now, since it could not be recorded."""
         return self.failing and self._on_error is OnError.REFUSE
 
-    def record(self, event: AuditEvent, identity: str = "") -> None:
-        """Append an event, in the name of who caused it; empty for the hub itself.
+    def record(self, event: AuditEvent, identity: str = "", trace_id: str = "") -> None:
+        """Append an event, in the name of who caused it (empty for the hub itself), in what trace.
 
         Raises:
             AuditUnavailableError: it could not be written, and ``on_error`` is ``refuse``.
@@ -141,7 +141,7 @@ class AuditLog:
             return
         try:
             self._tell_losses()
-            self._append(event, identity)
+            self._append(event, identity, trace_id)
         except OSError as error:
             self._fail(error)
             self.lost += 1
@@ -175,20 +175,20 @@ class AuditLog:
         self._fd, self._size, self._first_seq, self._head = at.fd, at.size, at.first_seq, at.head
         if at.torn is not None:
             _log.warning("%s: the last line was cut off; it is in %s", path, at.torn.file)
-            self._append(at.torn, "")
-        self._append(LogStarted(pid=os.getpid()), "")
+            self._append(at.torn)
+        self._append(LogStarted(pid=os.getpid()))
 
-    def _append(self, event: AuditEvent, identity: str) -> None:
+    def _append(self, event: AuditEvent, identity: str = "", trace_id: str = "") -> None:
         if self.failing:
             self._cut_back()
-        line, head = self._next(event, identity)
+        line, head = self._next(event, identity, trace_id)
         if self._size and self._size + len(line) + 1 > self._max_bytes:
             self._rotate()
-            line, head = self._next(event, identity)
+            line, head = self._next(event, identity, trace_id)
         self._write(line, isinstance(event, REPORTED))
         self._head = head
 
-    def _next(self, event: AuditEvent, identity: str) -> tuple[bytes, Head]:
+    def _next(self, event: AuditEvent, identity: str, trace_id: str) -> tuple[bytes, Head]:
         seq, previous, before = self._head
         now = entries.moment(self._clock())
         entry = Entry(
@@ -196,6 +196,7 @@ class AuditLog:
             time=now,
             behind_us=entries.behind_us(now, before),
             identity=identity,
+            trace_id=trace_id,
             event=event,
             previous=previous,
         )
@@ -222,13 +223,13 @@ class AuditLog:
         rotated = files.rotated(self._path)
         surplus = rotated[: -self._keep] if self._keep else []
         kept_from = files.first_seq(rotated[len(surplus)]) if surplus else None
-        self._append(LogRotated(file=old.name, kept_from=kept_from), "")
+        self._append(LogRotated(file=old.name, kept_from=kept_from))
         files.sync_folder(self._path)  # only now: readers wait for the first line
         _delete(surplus)
 
     def _tell_losses(self) -> None:
         if self._unsaid:
-            self._append(EntriesLost(num_entries=self._unsaid, reason=self._why), "")
+            self._append(EntriesLost(num_entries=self._unsaid, reason=self._why))
             self._unsaid = 0
         if self.failing:
             self.failing = False

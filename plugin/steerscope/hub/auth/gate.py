@@ -13,6 +13,7 @@ from steerscope.hub.auth.files import WatchedFiles
 from steerscope.hub.auth.identity import anonymous
 from steerscope.hub.auth.limits import Limits, network
 from steerscope.hub.auth.tls import Certificates
+from steerscope.hub.call_trace import current_trace_id
 from steerscope.security import (
     ANONYMOUS,
     Identity,
@@ -112,5 +113,8 @@ def _nobody(who: str, target: str, scope: str, reason: str) -> None:
 
 
 def _told(error: AccessError, target: str, shown: Shown) -> AccessError:
-    _log.warning("refused %s from %s: %s: %s", target, network(shown.peer), error.reason, error)
+    trace = f" (trace {trace_id})" if (trace_id := current_trace_id()) else ""
+    _log.warning(
+        "refused %s from %s: %s: %s%s", target, network(shown.peer), error.reason, error, trace
+    )
     return error

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from grpc_status import rpc_status
 
+from steerscope.hub import call_trace
 from steerscope.hub.auth import identity as callers
 from steerscope.hub.auth.denials import AccessError, TimeUpError
 from steerscope.hub.auth.directory import shown_over_grpc
@@ -86,12 +87,12 @@ class _Call:
                         await context.write(message)
 
     def _admit(self, context: Any) -> Identity:
+        metadata = context.invocation_metadata() or ()
+        call_trace.enter(metadata)
         if is_open(self._method):
             caller = self._gate.directory.nobody
         else:
-            shown = shown_over_grpc(
-                context.peer(), context.invocation_metadata() or (), context.auth_context()
-            )
+            shown = shown_over_grpc(context.peer(), metadata, context.auth_context())
             caller = self._gate.admit(shown, REQUIRED.get(self._method), self._method)
         callers.enter(caller)
         return caller
