@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
 from steerscope.engine.rows import RowTable
 from steerscope.steering import segments
@@ -29,6 +31,15 @@ class Batch:
 
     def write(self, row, stamp, segment):
         self.written.append((row, [stamp.interventions[i].value for i in segment.active]))
+
+    def row_at(self, name, position):
+        """The row that holds exactly what the request's stamp says of the position."""
+        if self.stamps[name] is None:
+            return 0
+        for segment in self.stamps[name].segments:
+            if segment.start <= position and (segment.end is None or position < segment.end):
+                return self.table.acquire(segment.digest)[0]
+        return 0
 
     def rows(self, *members):
         """``members`` are (id, first position, number of tokens)."""
@@ -107,3 +118,29 @@ def test_more_rows_than_capacity_cannot_happen_silently():
     table.acquire("a")
     with pytest.raises(KeyError):
         table.acquire("b")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_rows_are_those_of_each_token_s_own_position(data):
+    """Any crowd, in any order, step after step: against one token at a time."""
+    names = "abcdef"
+    phases = (Phase.PROMPT, Phase.GENERATION, Phase.ALL)
+    stamps = {}
+    for i, name in enumerate(names):
+        edits = [
+            clamp(10.0 * i + j, phase=data.draw(st.sampled_from(phases)))
+            for j in range(data.draw(st.integers(0, 2)))
+        ]
+        if edits and data.draw(st.booleans()):
+            start = data.draw(st.integers(0, 6))
+            edits[0] = clamp(10.0 * i, span=(start, start + data.draw(st.integers(1, 6))))
+        stamps[name] = stamp(*edits) if edits else None
+    batch = Batch(capacity=64, **stamps)
+    for _ in range(data.draw(st.integers(1, 4))):
+        here = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=6))
+        members = [(n, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 5))) for n in here]
+        rows = iter(batch.rows(*members))
+        for name, first, count in members:
+            for position in range(first, first + count):
+                assert next(rows) == batch.row_at(name, position)

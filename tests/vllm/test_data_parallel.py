@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections import Counter
 
+import httpx
 import pytest
 from steerscope.client import Client
 from steerscope.demo import world
@@ -42,6 +43,10 @@ def test_answers_policies_and_counts_are_those_of_one_server(demo_server, tmp_pa
         assert [a.text for a in answers] == expected
         reports = [client.get_request_report(a.request_id, wait=10.0) for a in answers]
         page = running.metrics()
+        api_servers = set(re.findall(r"\(ApiServer_\d pid=(\d+)\)", running.log.read_text()))
+        # Each is a new connection, which the system gives to either of them.
+        from_vllm = [httpx.get(f"{running.base_url}/metrics").text for _ in range(8)]
+    assert len(api_servers) == 2
     completions = [c for report in reports for c in report.completions]
     assert len(completions) == len(asked)
     seen = Counter({"0": 0, "1": 0})
@@ -51,6 +56,7 @@ def test_answers_policies_and_counts_are_those_of_one_server(demo_server, tmp_pa
         seen[completion.engine] += fed
     assert all(seen.values()), "one engine got nothing to do"
     assert observed(page) == seen
+    assert all(observed(each) == seen for each in from_vllm), "one API server tells otherwise"
 
 
 def observed(page: str) -> Counter[str]:

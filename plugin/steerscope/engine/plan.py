@@ -54,7 +54,7 @@ class Span(NamedTuple):
     """Positions ``[start, end)`` of a request have steering row ``row``."""
 
     start: int
-    end: float
+    end: int
     row: int
 
 
@@ -64,6 +64,20 @@ class _Member:
 
     digests: frozenset[str]
     spans: tuple[Span, ...]
+
+
+class _Spans(NamedTuple):
+    """The spans of all steered requests of a batch, int64 [S]; ``request_S`` is its place."""
+
+    request_S: IntArray
+    start_S: IntArray
+    end_S: IntArray
+    row_S: IntArray
+
+
+NO_SPANS = _Spans(*(np.zeros(0, np.int64) for _ in range(4)))
+ENDLESS = 1 << 62
+"""The end of a span that has none."""
 
 
 class BatchPlan:
@@ -86,16 +100,16 @@ class BatchPlan:
         self._write_row = write_row
         self._steered: dict[str, _Member] = {}
         self._req_ids: frozenset[str] = frozenset()
+        self._order: tuple[str, ...] | None = ()
+        """Those of the last step in turn; None once what is known of them is out of date."""
+        self._spans = NO_SPANS
 
     def rows(self, layout: StepLayout) -> IntArray:
         """The steering row of each token of the step, int64 [T]."""
-        self._follow(frozenset(layout.req_ids))
+        self._follow(tuple(layout.req_ids))
         rows_T = np.zeros(int(layout.query_start_loc[-1]), np.int64)
         if self._steered:
-            for r, req_id in enumerate(layout.req_ids):
-                if (member := self._steered.get(req_id)) is not None:
-                    begin, end = layout.query_start_loc[r], layout.query_start_loc[r + 1]
-                    _lay(rows_T[begin:end], int(layout.first_positions[r]), member.spans)
+            _lay(rows_T, layout, self._spans)
         return rows_T
 
     def forget(self, req_ids: Sequence[str]) -> None:
@@ -103,20 +117,30 @@ class BatchPlan:
         for req_id in req_ids:
             self._leave(req_id)
         self._req_ids -= frozenset(req_ids)
+        self._order = None
 
     def restamp(self, req_id: str) -> None:
         """The request's steering was changed: look it up again."""
         self._leave(req_id)
         self._req_ids -= {req_id}
+        self._order = None
 
-    def _follow(self, req_ids: frozenset[str]) -> None:
-        if req_ids == self._req_ids:
+    def _follow(self, order: tuple[str, ...]) -> None:
+        """Most steps have the requests of the step before, in the same order."""
+        if order == self._order:
             return
+        req_ids = frozenset(order)
         for req_id in self._req_ids - req_ids:
             self._leave(req_id)
         for req_id in req_ids - self._req_ids:
             self._join(req_id)
-        self._req_ids = req_ids
+        self._req_ids, self._order = req_ids, order
+        self._spans = self._spans_of(order)
+
+    def _spans_of(self, order: tuple[str, ...]) -> _Spans:
+        steered = self._steered
+        spans = [(r, *s) for r, i in enumerate(order) if i in steered for s in steered[i].spans]
+        return _Spans(*np.array(spans, np.int64).T) if spans else NO_SPANS
 
     def _leave(self, req_id: str) -> None:
         member = self._steered.pop(req_id, None)
@@ -136,16 +160,21 @@ class BatchPlan:
                 if fresh:
                     self._write_row(row, stamp, segment)
         spans = tuple(
-            Span(s.start, np.inf if s.end is None else s.end, rows[s.digest])
+            Span(s.start, ENDLESS if s.end is None else s.end, rows[s.digest])
             for s in stamp.segments
         )
         self._steered[req_id] = _Member(frozenset(rows), spans)
 
 
-def _lay(rows: IntArray, first_position: int, spans: tuple[Span, ...]) -> None:
-    """Write the spans' rows over the tokens at ``first_position`` and on."""
-    for start, end, row in spans:
-        low = max(start - first_position, 0)
-        high = min(end - first_position, rows.size)
-        if low < high:
-            rows[low : int(high)] = row
+def _lay(rows_T: IntArray, layout: StepLayout, spans: _Spans) -> None:
+    """Write the spans' rows over the step's tokens; a later span of a request wins."""
+    request_S, start_S, end_S, row_S = spans
+    token_S, stop_S = layout.query_start_loc[request_S], layout.query_start_loc[request_S + 1]
+    # From positions of the request to tokens of the step.
+    offset_S = token_S - layout.first_positions[request_S]
+    low_S = np.minimum(np.maximum(start_S + offset_S, token_S), stop_S)
+    high_S = np.minimum(np.maximum(end_S + offset_S, low_S), stop_S)
+    length_S = high_S - low_S
+    end_of_S = np.cumsum(length_S)
+    tokens = np.arange(end_of_S[-1]) + np.repeat(low_S - end_of_S + length_S, length_S)
+    rows_T[tokens] = np.repeat(row_S, length_S)
