@@ -406,6 +406,11 @@ def is_configured(environ: Mapping[str, str] = os.environ) -> bool:
     return bool(environ.get(CONFIG_ENV) or environ.get(HUB_ENDPOINT_ENV))
 
 
+def has_core_in_process(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether vLLM's ``LLM`` would run its engine core in this very process."""
+    return environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+
+
 def hub_endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
     """The folder of the hub's sockets, where a launcher has started one."""
     return environ.get(HUB_ENDPOINT_ENV)

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     ("mode", "count", "least_tokens"),
     [
-        ("v1 compiled", 450, 50_000),
-        ("tensor parallel 2", 150, 15_000),
-        ("pipeline parallel 2", 150, 15_000),
+        ("v1 compiled", 240, 26_000),
+        ("tensor parallel 2", 80, 7_500),
+        ("pipeline parallel 2", 80, 7_500),
         ("speculative decoding (ngram)", 80, 8_000),
     ],
 )

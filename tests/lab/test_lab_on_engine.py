@@ -10,7 +10,9 @@ from steerscope.catalog import authoring, store
 from steerscope.catalog.model import LabelSource, Site
 from steerscope.catalog.store import SiteKey
 from steerscope.demo.paths import CATALOG_DIR, MODEL_DIR
+from steerscope.errors import LabError
 from steerscope.lab import cases as case_files_of
+from steerscope.lab.bench import Bench
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -194,3 +196,9 @@ def test_a_catalog_of_another_model_is_refused_before_anything_is_asked(tmp_path
     assert done.code == 2
     assert "num_hidden_layers is 6, the catalog was made for 9" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_core_in_the_lab_s_own_process_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with pytest.raises(LabError, match="VLLM_ENABLE_V1_MULTIPROCESSING=0: the lab needs"):
+        Bench(tmp_path, tmp_path)

@@ -146,7 +146,8 @@ def _demo_serve(arguments: argparse.Namespace, _: list[str]) -> int:
     from steerscope.demo import paths
     from steerscope.demo.live import server
 
-    return serve.replace_process(paths.CONFIG_FILE, server.vllm_arguments(8000), server.SETTINGS)
+    arguments_of_vllm = server.vllm_arguments(8000)
+    return serve.replace_process(paths.CONFIG_FILE, arguments_of_vllm, server.SERVER_SETTINGS)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ class Bench:
         max_tokens: int = 64,
         engine_args: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        if config.has_core_in_process():
+            raise LabError(
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0: the lab needs vLLM's engine core in a process "
+                "of its own, which tells of a request's end by itself"
+            )
         self.model = model
         self.max_tokens = max_tokens
         self._stack = contextlib.ExitStack()

@@ -30,13 +30,18 @@ SETTINGS: Final[Mapping[str, str]] = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+}
+"""Environment of whatever runs the embedded model: a small KV cache, no phoning home."""
+
+SERVER_SETTINGS: Final[Mapping[str, str]] = {
+    **SETTINGS,
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
-"""Environment of the demo server: a small KV cache, no phoning home; on few cores, no process
-that waits by spinning. vLLM's engine core and its worker do so for each other, up to a second at
-a time, which starves whatever else there is (docs/measurements.md); so the worker is in the
-core's process, and has one thread, which this model cannot keep busy."""
+"""Environment of the server: on few cores, no process may wait by spinning. vLLM's engine core
+and its worker do so for each other, up to a second at a time, which starves whatever else there
+is (docs/measurements.md); so the worker is in the core's process, and has one thread, which this
+model cannot keep busy."""
 
 BASE_URL: Final = "{base_url}"
 
@@ -117,7 +122,8 @@ def running(
     config = folder / "steerscope.yaml"
     text = yaml.safe_dump(_config(grpc_port, metrics_port, settings or {}))
     config.write_text(text.replace(BASE_URL, f"http://127.0.0.1:{http_port}"))
-    variables = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1", **(environment or {})}
+    variables = {**os.environ, **SERVER_SETTINGS, **(environment or {})}
+    variables.setdefault("VLLM_SERVER_DEV_MODE", "1")
     variables.pop(CONFIG_ENV, None)
     if with_steerscope:
         variables[CONFIG_ENV] = str(config)
