@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import random
 import statistics
 import sys
@@ -28,6 +29,8 @@ import numpy as np
 
 NUM_STREAMS = 4
 NUM_WATCHING = 5
+CLIENTS_NICE = 10
+"""Operators sit elsewhere: on this machine their own work must not be taken for the server's."""
 PAUSE_SECONDS = 1.0
 """Between windows; not measured."""
 
@@ -77,6 +80,7 @@ def operate(
     from steerscope.api.v1 import telemetry_pb2 as t
     from steerscope.api.v1 import telemetry_pb2_grpc as tg
 
+    os.nice(CLIENTS_NICE)
     latencies: dict[str, list[float]] = {}
     errors: Counter[str] = Counter()
 
