@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 import msgspec
 
@@ -94,6 +94,19 @@ class TelemetrySettings(_Settings, frozen=True):
     """A launch that might tell Prometheus more of one engine is refused; ``export/budget.py``."""
 
 
+def _plain_url(field: str, url: str, secret: str) -> SplitResult:
+    """A web address without secrets in it; ``secret`` says which setting names theirs."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{field}: must be a URL that begins with http:// or https://")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(
+            f"{field}: must be a scheme, a host, a port and a path only, since vLLM logs these "
+            f"settings: name the variable that holds {secret}"
+        )
+    return parts
+
+
 class CanaryCheck(_Settings, frozen=True):
     """Questions whose answers are known to light up certain signals."""
 
@@ -127,14 +140,7 @@ class CanarySettings(_Settings, frozen=True):
     """For the answer, and again for what was seen of it."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("base_url: must be a URL that begins with http:// or https://")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError(
-                "base_url: must be a scheme, a host, a port and a path only: name the variable "
-                "that holds a key in api_key_env"
-            )
+        parts = _plain_url("base_url", self.base_url, "a key in api_key_env")
         is_near = access.is_loopback(f"{parts.hostname}:{parts.port or 80}")
         if parts.scheme == "http" and self.api_key_env is not None and not is_near:
             raise ValueError("base_url: is not encrypted, and the API key would travel: use https")
@@ -214,14 +220,7 @@ class OtelSettings(_Settings, frozen=True):
     """vLLM's served name. The launcher fills it in."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("endpoint: must be a URL that begins with http:// or https://")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError(
-                "endpoint: must be a scheme, a host, a port and a path only, since vLLM logs "
-                "these settings: name the variable that holds a secret in headers_env"
-            )
+        parts = _plain_url("endpoint", self.endpoint, "a secret in headers_env")
         if self.protocol == "grpc" and parts.path not in ("", "/"):
             raise ValueError("endpoint: gRPC has no path")
         if parts.scheme == "https":
