@@ -122,8 +122,8 @@ def running(
     config = folder / "steerscope.yaml"
     text = yaml.safe_dump(_config(grpc_port, metrics_port, settings or {}))
     config.write_text(text.replace(BASE_URL, f"http://127.0.0.1:{http_port}"))
-    variables = {**os.environ, **SERVER_SETTINGS, **(environment or {})}
-    variables.setdefault("VLLM_SERVER_DEV_MODE", "1")
+    variables = {**os.environ, **SERVER_SETTINGS, "VLLM_SERVER_DEV_MODE": "1"}
+    variables |= environment or {}
     variables.pop(CONFIG_ENV, None)
     if with_steerscope:
         variables[CONFIG_ENV] = str(config)
