@@ -58,9 +58,9 @@ def kept_activations_stale() -> None:
     """A KV slot keeps the activations of the first token that it ever held."""
     write = slots.SlotCache.write
 
-    def first_only(self: Any, at: np.ndarray, sites: list[Any]) -> None:
+    def first_only(self: Any, at: np.ndarray, values: slots.Values) -> None:
         new = self._state[np.minimum(at, self.num_slots - 1)] == 0
-        write(self, at[new], [site.take(new) for site in sites])
+        write(self, at[new], values.take(new))
 
     slots.SlotCache.write = first_only
 

@@ -68,7 +68,7 @@ def emit(readout, *members, finished=()):
             readout._roster.arrive([Arrival(req_id, RequestInfo(Stamp(f"ext-{req_id}"), 5), ())])
     made = layout(*members)
     if members:
-        readout.emit(made, np.zeros(int(made.query_start_loc[-1]), np.int64))
+        readout.emit(made, np.zeros(0, np.int64))
     else:
         readout.flush()
 
@@ -140,7 +140,7 @@ def test_an_end_is_told_to_a_hub_that_never_knew_the_request(readout, wire):
 
 
 def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
-    site[0].acts_TF = None
+    readout._readback.sites[0].acts = None
     emit(readout, ("a", 0, 2))
     assert wire.sent == []
 
@@ -153,7 +153,7 @@ def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):
     step.stage(rows)
     tap(2 * torch.randn(6, 128, generator=torch.Generator().manual_seed(1)), None)
     readout._roster.arrive([Arrival("a", RequestInfo(None, 6), ())])
-    readout.emit(layout(("a", 0, 6)), rows)
+    readout.emit(layout(("a", 0, 6)), step.steered_E)
     (sent,) = wire.sent[0].sites
     tokens, deltas, doses = frames.edits(sent)
     probe = frames.acts_TF(sent)[:, 3]
@@ -185,3 +185,31 @@ def test_what_waits_for_a_hub_goes_to_the_next_one_in_order(tmp_path):
         assert sender.send(b"c")
         with hub() as second:
             assert [second.recv(), second.recv()] == [b"b", b"c"]
+
+
+class Flight:
+    """A device's event, as far as the readout asks it."""
+
+    def __init__(self):
+        self.is_under_way = False
+
+    def record(self):
+        self.is_under_way = True
+
+    def synchronize(self):
+        self.is_under_way = False
+
+
+def test_values_under_way_from_a_gpu_are_told_before_the_next_step_begins(readout, wire):
+    flight = readout._readback._event = Flight()
+    emit(readout, ("a", 0, 3))
+    assert flight.is_under_way
+    assert wire.sent == []
+    readout.release({})
+    assert not flight.is_under_way
+    emit(readout, finished=["a"])
+    told, last = wire.sent
+    assert told.request_ids == ("a",)
+    assert [end.request_id for end in last.finished] == ["a"]
+    readout.release({})
+    assert len(wire.sent) == 2

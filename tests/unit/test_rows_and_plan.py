@@ -144,3 +144,33 @@ def test_rows_are_those_of_each_token_s_own_position(data):
         for name, first, count in members:
             for position in range(first, first + count):
                 assert next(rows) == batch.row_at(name, position)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_steps_of_one_token_each_have_the_rows_of_their_positions_too(data):
+    spans = st.tuples(st.integers(0, 12), st.integers(1, 8)).map(lambda s: (s[0], s[0] + s[1]))
+    names = ["a", "b", "c"]
+    batch = Batch(
+        **{
+            name: stamp(*(clamp(float(i), span=span) for i, span in enumerate(chosen)))
+            for name, chosen in (
+                (name, data.draw(st.lists(spans, max_size=2, unique=True))) for name in names
+            )
+        }
+    )
+    at = dict.fromkeys(names, 0)
+    for _ in range(20):
+        # Mostly the next token; now and then a request starts over, or has more than one token.
+        if data.draw(st.integers(0, 9)) == 0:
+            at[data.draw(st.sampled_from(names))] = 0
+        counts = [data.draw(st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2])) for _ in names]
+        got = batch.rows(*((name, at[name], n) for name, n in zip(names, counts, strict=True)))
+        wanted = [
+            batch.row_at(name, at[name] + i)
+            for name, n in zip(names, counts, strict=True)
+            for i in range(n)
+        ]
+        assert got == wanted
+        for name, n in zip(names, counts, strict=True):
+            at[name] += n

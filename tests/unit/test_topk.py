@@ -195,8 +195,8 @@ def catalog(tmp_path_factory):
 
 
 class Site:
-    def __init__(self, catalog):
-        self.step = StepRows(64, CPU)
+    def __init__(self, catalog, in_loops=True):
+        self.step = StepRows(64, CPU, in_loops)
         (key,) = catalog.sites
         self.tap = SiteTap(catalog, key, self.step, 4, CPU)
         self.tensors = load_file(catalog.folder / store.TENSORS_FILE)
@@ -293,19 +293,13 @@ def delta_of(site, edits, acts):
 
 
 @pytest.mark.parametrize("edits", EDITS)
-@pytest.mark.parametrize("path", ["some", "every"])
-def test_a_topk_feature_steers_and_gates_as_any_other(site, edits, path):
+@pytest.mark.parametrize("in_loops", [True, False])
+def test_a_topk_feature_steers_and_gates_as_any_other(catalog, edits, in_loops):
+    site = Site(catalog, in_loops)
     hidden, residual = stream(40), stream(40, seed=2)
     site.steer(*edits)
-    rows = [0, 1] * 20
-    x_TD = hidden + residual
-    if path == "some":
-        changed = site.run(hidden, residual, rows)
-    else:  # of a captured graph
-        site.step.stage(np.array(rows, np.int64))
-        changed = hidden.clone()
-        site.tap._edit_all(changed, x_TD, reference.encode(x_TD, site.tap.encoder))
-    delta_TD = delta_of(site, edits, site.expected(x_TD))
+    changed = site.run(hidden, residual, [0, 1] * 20)
+    delta_TD = delta_of(site, edits, site.expected(hidden + residual))
     assert torch.equal(changed[::2], hidden[::2])
     assert bool(delta_TD[1::2].any())
     torch.testing.assert_close(changed[1::2], (hidden + delta_TD)[1::2], rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from steerscope.engine.plan import RequestInfo, StepLayout
 from steerscope.engine.readout import _Step
 from steerscope.engine.roster import Arrival, MoreBlocks, Roster
 from steerscope.engine.scheduling import SchedulerSide
-from steerscope.engine.slots import SiteValues, SlotCache, bytes_per_slot
+from steerscope.engine.slots import SiteValues, SlotCache, Values, bytes_per_slot
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.errors import UnsupportedEngineError
 from steerscope.steering import segments
@@ -61,29 +61,28 @@ class TestRoster:
 class TestSlotCache:
     def values(self, num_tokens, first=0.0, edited=()):
         acts = first + np.arange(3 * num_tokens, dtype=np.float32).reshape(-1, 3)
-        if not edited:
-            return [SiteValues(acts, None, None)]
-        doses = np.zeros(num_tokens, np.float32)
-        doses[list(edited)] = 0.5
-        return [SiteValues(acts, acts * (doses > 0)[:, None], doses)]
+        steered = np.array(edited, np.int64)
+        doses = np.full(len(edited), 0.5, np.float32)
+        return Values(steered, [SiteValues(acts, acts[steered], doses)])
 
     def test_what_was_written_is_read_and_nothing_else(self):
         cache = SlotCache((3,), 10, 1 << 20)
         cache.write(np.array([4, 2]), self.values(2, edited=(1,)))
-        known, (site,) = cache.read(np.array([2, 3, 4, 99]))
+        known, (steered, (site,)) = cache.read(np.array([2, 3, 4, 99]))
         assert known.tolist() == [True, False, True, False]
         assert site.acts[[0, 2]].tolist() == [[3, 4, 5], [0, 1, 2]]
-        assert site.deltas[[0, 2]].tolist() == [[3, 4, 5], [0, 0, 0]]
-        assert site.doses[[0, 2]].tolist() == [0.5, 0.0]
+        assert steered.tolist() == [0]
+        assert site.deltas.tolist() == [[3, 4, 5]]
+        assert site.doses.tolist() == [0.5]
 
     def test_a_slot_that_is_written_again_keeps_nothing_of_before(self):
         cache = SlotCache((3,), 4, 1 << 20)
         cache.write(np.array([1]), self.values(1, edited=(0,)))
         cache.write(np.array([1]), self.values(1, first=9.0))
-        known, (site,) = cache.read(np.array([1]))
+        known, (steered, (site,)) = cache.read(np.array([1]))
         assert known.all()
         assert site.acts.tolist() == [[9, 10, 11]]
-        assert site.deltas is None
+        assert not steered.size
 
     def test_the_cap_leaves_out_the_slots_beyond_it(self):
         cache = SlotCache((3,), 1000, 5 * bytes_per_slot((3,)) + 1)
@@ -91,13 +90,17 @@ class TestSlotCache:
         cache.write(np.arange(8), self.values(8))
         known, _ = cache.read(np.arange(8))
         assert known.tolist() == [True] * 5 + [False] * 3
+        cache.write(np.array([4, 6, 3]), self.values(3, edited=(1, 2)))
+        _, (steered, (site,)) = cache.read(np.array([3, 4]))
+        assert steered.tolist() == [0]
+        assert site.deltas.tolist() == [[6, 7, 8]]
 
     def test_a_cap_of_nothing_keeps_nothing(self):
         cache = SlotCache((3,), 1000, 0)
         cache.write(np.arange(8), self.values(8))
-        known, sites = cache.read(np.arange(8))
+        known, values = cache.read(np.arange(8))
         assert not known.any()
-        assert sites == []
+        assert not values.sites
 
     def test_its_arrays_take_the_bytes_of_the_formula(self):
         cache = SlotCache((3, 5), 100, 1 << 20)
@@ -114,12 +117,15 @@ class TestSlotCache:
 
 def test_rejected_drafts_are_left_out_of_a_step():
     acts = np.arange(10, dtype=np.float32).reshape(10, 1)
-    step = _Step(
-        layout(("a", 4, 4), ("b", 0, 3), ("c", 9, 3)), np.arange(10), [SiteValues(acts, None, None)]
-    )
+    steered = np.array([1, 3, 6])
+    values = Values(steered, [SiteValues(acts, 10 * acts[steered], np.ones(3, np.float32))])
+    step = _Step(layout(("a", 4, 4), ("b", 0, 3), ("c", 9, 3)), np.arange(10), values)
     kept = step.accepted({"a": 6, "b": 3, "c": 9})
     assert kept.layout.query_start_loc.tolist() == [0, 2, 5, 5]
-    assert kept.sites[0].acts.ravel().tolist() == [0, 1, 4, 5, 6]
+    (site,) = kept.values.sites
+    assert site.acts.ravel().tolist() == [0, 1, 4, 5, 6]
+    assert kept.values.steered.tolist() == [1, 4]
+    assert site.deltas.ravel().tolist() == [10, 60]
     assert kept.slots_T.tolist() == [0, 1, 4, 5, 6]
     assert step.accepted({"a": 8, "b": 3}) is step
 

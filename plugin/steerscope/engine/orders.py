@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
+from steerscope.hub.doorbell import Doorbell
 from steerscope.hub.orders import (
     ORDERS_VERSION,
     Applied,
@@ -37,7 +38,6 @@ from steerscope.steering.rules import OverrideMode, SteeringSource
 from steerscope.steering.stamp import Stamp
 
 PRESENT_EVERY_SECONDS = 1.0
-POLL_MILLISECONDS = 20
 MAX_WAITING_ORDERS = 10_000
 MAX_ANSWERS = 10_000
 
@@ -64,14 +64,17 @@ class EngineLink:
         self._present = Present(ORDERS_VERSION, catalog_digest, engine, os.getpid())
         self.arrived: deque[Order | Withdraw | Standing] = deque(maxlen=MAX_WAITING_ORDERS)
         self._answers: deque[FromEngine] = deque(maxlen=MAX_ANSWERS)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._bell = Doorbell(self._socket)
         threading.Thread(target=self._run, name="steerscope-orders", daemon=True).start()
 
     def answer(self, message: Applied | Declined) -> None:
         """Tell the hub; never waits."""
         self._answers.append(message)
+        self._bell.ring()
 
     def _run(self) -> None:
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket = self._socket
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(engines_address(self._endpoint))
         next_present = 0.0
@@ -81,7 +84,8 @@ class EngineLink:
                 _send(socket, self._present)
             while self._answers:
                 _send(socket, self._answers.popleft())
-            if socket.poll(POLL_MILLISECONDS):
+            self._bell.wait(next_present - time.monotonic())
+            while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._receive(socket.recv())
 
     def _receive(self, payload: bytes) -> None:

@@ -75,6 +75,21 @@ class _Spans(NamedTuple):
     row_S: IntArray
 
 
+class _Decode(NamedTuple):
+    """The rows of a step of one token a request, and the positions that they hold for."""
+
+    rows_R: IntArray
+    from_R: IntArray
+    until_R: IntArray
+
+    def still_holds(self, layout: StepLayout) -> bool:
+        """Whether a step of the same requests has the same rows."""
+        if int(layout.query_start_loc[-1]) != len(self.rows_R):
+            return False
+        at_R = layout.first_positions
+        return bool(((at_R >= self.from_R) & (at_R < self.until_R)).all())
+
+
 NO_SPANS = _Spans(*(np.zeros(0, np.int64) for _ in range(4)))
 ENDLESS = 1 << 62
 """The end of a span that has none."""
@@ -103,17 +118,29 @@ class BatchPlan:
         self._order: tuple[str, ...] | None = ()
         """Those of the last step in turn; None once what is known of them is out of date."""
         self._spans = NO_SPANS
+        self._decode: _Decode | None = None
+        """The rows of the last step, if it may tell those of the next."""
 
     def rows(self, layout: StepLayout) -> IntArray:
-        """The steering row of each token of the step, int64 [T]."""
+        """The steering row of each token of the step, int64 [T].
+
+        The very array of the step before where nothing changed; not to be written.
+        """
         self._follow(tuple(layout.req_ids))
+        if self._decode is not None and self._decode.still_holds(layout):
+            return self._decode.rows_R
         rows_T = np.zeros(int(layout.query_start_loc[-1]), np.int64)
         if self._steered:
             _lay(rows_T, layout, self._spans)
+        if len(rows_T) == len(layout.req_ids):
+            until_R = _until(layout.first_positions, self._spans)
+            self._decode = _Decode(rows_T, layout.first_positions, until_R)
         return rows_T
 
     def forget(self, req_ids: Sequence[str]) -> None:
         """Requests that ended: an id may come back as another request."""
+        if not req_ids:
+            return
         for req_id in req_ids:
             self._leave(req_id)
         self._req_ids -= frozenset(req_ids)
@@ -134,7 +161,7 @@ class BatchPlan:
             self._leave(req_id)
         for req_id in req_ids - self._req_ids:
             self._join(req_id)
-        self._req_ids, self._order = req_ids, order
+        self._req_ids, self._order, self._decode = req_ids, order, None
         self._spans = self._spans_of(order)
 
     def _spans_of(self, order: tuple[str, ...]) -> _Spans:
@@ -164,6 +191,15 @@ class BatchPlan:
             for s in stamp.segments
         )
         self._steered[req_id] = _Member(frozenset(rows), spans)
+
+
+def _until(at_R: IntArray, spans: _Spans) -> IntArray:
+    """The first position after ``at_R`` where a request's row may be another, int64 [R]."""
+    until_R = np.full(len(at_R), ENDLESS)
+    for edge_S in (spans.start_S, spans.end_S):
+        ahead_S = np.where(edge_S > at_R[spans.request_S], edge_S, ENDLESS)
+        np.minimum.at(until_R, spans.request_S, ahead_S)
+    return until_R
 
 
 def _lay(rows_T: IntArray, layout: StepLayout, spans: _Spans) -> None:

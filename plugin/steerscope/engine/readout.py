@@ -14,14 +14,17 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import zmq
 
 from steerscope.engine.plan import EMPTY_LAYOUT, IntArray, StepLayout
+from steerscope.engine.readback import Readback
 from steerscope.engine.roster import Roster
-from steerscope.engine.slots import SiteValues, SlotCache
+from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import canonical_json, steering_digest
@@ -60,7 +63,7 @@ class FrameSender:
     def has_lost_hub(self) -> bool:
         """Whether the hub went away since this was last asked."""
         is_lost = False
-        while self._partings.poll(0):
+        while int(self._partings.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._partings.recv_multipart()
             is_lost = True
         return is_lost
@@ -110,11 +113,11 @@ class _Step:
 
     layout: StepLayout
     slots_T: IntArray | None
-    sites: list[SiteValues]
+    values: Values
 
     def detached(self) -> _Step:
         """The step with values of its own: the buffers will be written again."""
-        return _Step(self.layout, self.slots_T, [site.take(slice(None)) for site in self.sites])
+        return _Step(self.layout, self.slots_T, self.values.take())
 
     def accepted(self, ends: Mapping[str, int]) -> _Step:
         """The step without the drafts that were rejected; ``ends`` as in ``StepNote``."""
@@ -129,7 +132,7 @@ class _Step:
         return _Step(
             layout._replace(query_start_loc=np.concatenate([[0], np.cumsum(kept_R)])),
             None if self.slots_T is None else self.slots_T[kept_T],
-            [site.take(kept_T) for site in self.sites],
+            self.values.take(kept_T),
         )
 
 
@@ -145,11 +148,14 @@ class Readout:
     ) -> None:
         self._source = source
         self._sites = sites
+        self._readback = Readback(sites)
         self._sender = sender
         self._roster = roster
         self._kept: SlotCache | None = None
         self._block_size = 1
         self._known: set[str] = set()
+        self._all_known: Sequence[str] = ()
+        """Requests of the last step, all of which the hub knows."""
         self._known_earlier: set[str] = set()
         """Requests that a hub knew which is gone."""
         self._untold = _Told()
@@ -173,6 +179,8 @@ class Readout:
 
         Only what a hub knows of is kept: none may ever take a frame again.
         """
+        if ended:
+            self._all_known = ()
         for req_id, end in ended.items():
             self._untold.started.pop(req_id, None)
             if req_id in self._known:
@@ -200,48 +208,59 @@ class Readout:
                 )
             )
 
-    def emit(self, layout: StepLayout, rows_T: IntArray) -> None:
-        """Keep the step's values and tell the hub. Never raises."""
-        step = self._read(layout, rows_T)
-        if step is not None:
+    def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
+        """Keep the step's values and tell the hub: at once, or on a GPU in ``release``.
+
+        Never raises.
+        """
+        step = self._read(layout, steered_E)
+        if self._readback.is_deferred:
+            self._held = step
+        elif step is not None:
             self._tell(step)
 
-    def hold(self, layout: StepLayout, rows_T: IntArray) -> None:
+    def hold(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Like ``emit``, once ``release`` says what was accepted."""
-        step = self._read(layout, rows_T)
-        self._held = step and step.detached()
+        step = self._read(layout, steered_E)
+        is_copy = self._readback.is_deferred
+        self._held = step if is_copy or step is None else step.detached()
 
     def release(self, ends: Mapping[str, int]) -> None:
-        """Tell the hub of the step that was held. ``ends``: see ``StepNote``."""
+        """Tell the hub of the step that was held, if there is one.
+
+        ``ends``: of drafts, what was accepted; see ``StepNote``.
+        """
         step, self._held = self._held, None
-        if step is not None:
-            self._tell(step.accepted(ends))
+        if step is None:
+            return
+        self._readback.wait()
+        self._tell(step.accepted(ends) if ends else step)
 
     def flush(self) -> None:
         """Tell the hub what there is to tell when no token was computed."""
-        self._tell(_Step(EMPTY_LAYOUT, None, []))
+        self._tell(_Step(EMPTY_LAYOUT, None, NO_VALUES))
 
     @property
     def has_news(self) -> bool:
         """Whether there is something to tell besides tokens."""
         return bool(self._untold.ended or self._untold.changed)
 
-    def _read(self, layout: StepLayout, rows_T: IntArray) -> _Step | None:
+    def _read(self, layout: StepLayout, steered_E: IntArray) -> _Step | None:
         num_tokens = int(layout.query_start_loc[-1])
         try:
-            steered = np.flatnonzero(rows_T)
             slots_T = self._roster.slots(layout, self._block_size) if self._kept else None
-            sites = [_values(tap, num_tokens, steered) for tap in self._sites]
+            self._readback.start(num_tokens, bool(steered_E.size))
+            values = self._values(num_tokens, steered_E)
         except Exception:
             self._fail(num_tokens)
             return None
-        return _Step(layout, slots_T, sites)
+        return _Step(layout, slots_T, values)
 
     def _tell(self, step: _Step) -> None:
         num_tokens = int(step.layout.query_start_loc[-1])
         try:
             if self._kept and step.slots_T is not None:
-                self._kept.write(step.slots_T, step.sites)
+                self._kept.write(step.slots_T, step.values)
             if self._sender.has_lost_hub():
                 self._begin_anew()
             self._start(step.layout)
@@ -252,6 +271,7 @@ class Readout:
         self._overhead_ns = 0
         self._step += 1
         if sent:
+            self._all_known = step.layout.req_ids
             self._known.update(self._untold.started)
             self._known_earlier.difference_update(self._untold.started)
             self._untold.clear()
@@ -263,6 +283,7 @@ class Readout:
         """The hub is gone, and whatever it knew with it."""
         self._known_earlier |= self._known
         self._known.clear()
+        self._all_known = ()
         self._untold.resumed.update(self._untold.leaving)
         self._untold.leaving.clear()
 
@@ -295,12 +316,14 @@ class Readout:
             request_ids=tuple(step.layout.req_ids),
             query_start_loc=tuple(step.layout.query_start_loc.tolist()),
             positions=tuple(step.layout.first_positions.tolist()),
-            sites=self._activations(step.sites),
+            sites=self._activations(step.values),
             told_tokens=self._told_tokens,
         )
 
     def _start(self, layout: StepLayout) -> None:
         """Requests the hub has not been told of, each with the first position it ever had."""
+        if layout.req_ids == self._all_known:
+            return
         for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
             if req_id in self._known or req_id in self._untold.started:
                 continue
@@ -344,38 +367,42 @@ class Readout:
         """What is kept of tokens whose KV the request found in the prefix cache."""
         if self._kept is None or not slots.size:
             return None
-        known, sites = self._kept.read(slots)
+        known, values = self._kept.read(slots)
         if not known.any():
             return None
-        return CachedActivations(known.tobytes(), self._activations(sites))
+        return CachedActivations(known.tobytes(), self._activations(values))
 
-    def _activations(self, sites: Sequence[SiteValues]) -> tuple[SiteActivations, ...]:
+    def _values(self, num_tokens: int, steered: IntArray) -> Values:
+        # A step whose tokens are all steered needs no copy to tell them apart.
+        at = slice(num_tokens) if len(steered) == num_tokens else steered
+        return Values(
+            steered,
+            [
+                SiteValues(host.acts[:num_tokens], host.deltas[at], host.doses[at])
+                for host in self._readback.sites
+            ],
+        )
+
+    def _activations(self, values: Values) -> tuple[SiteActivations, ...]:
         """Of every site, or, in a step without tokens, of none."""
         return tuple(
-            _activations(tap, values) for tap, values in zip(self._sites, sites, strict=bool(sites))
+            _activations(tap, values.steered, site)
+            for tap, site in zip(self._sites, values.sites, strict=bool(values.sites))
         )
 
 
-def _values(tap: SiteTap, num_tokens: int, steered: IntArray) -> SiteValues:
-    acts = tap.acts_TF[:num_tokens].cpu().numpy()
-    if not steered.size:
-        return SiteValues(acts, None, None)
-    deltas, doses = np.zeros_like(acts), np.zeros(num_tokens, np.float32)
-    deltas[steered] = tap.deltas_TF[:num_tokens].cpu().numpy()[steered]
-    doses[steered] = tap.doses_T[:num_tokens].cpu().numpy()[steered]
-    return SiteValues(acts, deltas, doses)
-
-
-def _activations(tap: SiteTap, values: SiteValues) -> SiteActivations:
-    name, num_features, acts = str(tap.key), len(tap.features), values.acts.tobytes()
-    if values.deltas is None or values.doses is None:
-        return SiteActivations(name, num_features, acts)
+def _activations(tap: SiteTap, steered: IntArray, values: SiteValues) -> SiteActivations:
+    name, num_features, acts = tap.name, len(tap.features), _bytes(values.acts)
     edited = np.flatnonzero(values.doses > 0.0)
-    return SiteActivations(
-        name,
-        num_features,
-        acts,
-        edited.astype(np.int32).tobytes(),
-        values.deltas[edited].tobytes(),
-        values.doses[edited].tobytes(),
-    )
+    if not edited.size:
+        return SiteActivations(name, num_features, acts)
+    deltas, doses = values.deltas, values.doses
+    if edited.size < steered.size:
+        steered, deltas, doses = steered[edited], deltas[edited], doses[edited]
+    tokens = steered.astype(np.int32)
+    return SiteActivations(name, num_features, acts, _bytes(tokens), _bytes(deltas), _bytes(doses))
+
+
+def _bytes(array: npt.NDArray[np.generic]) -> bytes:
+    """A view, which msgspec writes like bytes: the one copy made is the frame."""
+    return cast(bytes, array.data)

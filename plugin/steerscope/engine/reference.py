@@ -86,10 +86,10 @@ class Rows(NamedTuple):
         return Rows(*(table[rows_T] for table in self))
 
 
-def encode(x_TD: Tensor, encoder: Encoder) -> Tensor:
-    """Feature activations [T, F] of the residual stream."""
-    pre_TF = torch.addmm(encoder.b_enc_F, x_TD, encoder.W_enc_DF)
-    acts_TF = torch.where(pre_TF > encoder.threshold_F, pre_TF, 0.0)
+def encode(x_TD: Tensor, encoder: Encoder, out_TF: Tensor | None = None) -> Tensor:
+    """Feature activations [T, F] of the residual stream; not-a-number where that is none."""
+    acts_TF = torch.addmm(encoder.b_enc_F, x_TD, encoder.W_enc_DF, out=out_TF)
+    acts_TF.masked_fill_(acts_TF <= encoder.threshold_F, 0.0)
     for dictionary in encoder.dictionaries:
         acts_TF.index_copy_(1, dictionary.columns_N, encode_topk(x_TD, dictionary))
     return acts_TF
@@ -108,7 +108,7 @@ def _select(x_TD: Tensor, dictionary: TopK) -> Tensor:
     # Of the same product as the k-th: another may differ in the last bit, and the k-th latent
     # itself would be below it.
     pre_TN = pre_TK.index_select(1, dictionary.latents_N)
-    return torch.where(pre_TN >= kth_T1, pre_TN.relu(), 0.0)
+    return torch.where(pre_TN < kth_T1, 0.0, pre_TN.relu())
 
 
 def edit(acts_TF: Tensor, rows_TF: Rows) -> Tensor:
@@ -133,9 +133,10 @@ class Written(NamedTuple):
 
 def decode(delta_TF: Tensor, W_dec_FD: Tensor, y_TD: Tensor, max_dose_T1: Tensor) -> Written:
     """The change of what is written to, its dose held to ``max_dose``."""
-    tiny = torch.finfo(torch.float32).tiny
+    limits = torch.finfo(torch.float32)
     delta_TD = delta_TF @ W_dec_FD
-    size_T = torch.linalg.vector_norm(y_TD, dim=-1).clamp_min(tiny)
-    dose_T = torch.linalg.vector_norm(delta_TD, dim=-1) / size_T
-    share_T1 = (max_dose_T1 / dose_T.clamp_min(tiny).unsqueeze(1)).clamp_max(1.0)
-    return Written(delta_TD * share_T1, dose_T * share_T1.squeeze(1), share_T1)
+    size_T1 = torch.linalg.vector_norm(y_TD, dim=-1, keepdim=True).clamp_min(limits.tiny)
+    dose_T1 = torch.linalg.vector_norm(delta_TD, dim=-1, keepdim=True) / size_T1
+    dose_T1 = dose_T1.clamp_max(limits.max)  # of a stream that is zero
+    share_T1 = torch.where(dose_T1 > max_dose_T1, max_dose_T1 / dose_T1, 1.0)
+    return Written(delta_TD * share_T1, (dose_T1 * share_T1).squeeze(1), share_T1)

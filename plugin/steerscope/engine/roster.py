@@ -51,6 +51,8 @@ class Roster:
         self._members: dict[str, _Member] = {}
         self._blocks_RB = np.zeros((1, 1), np.int32)
         self._free = [0]
+        self._order: tuple[Sequence[str], IntArray] = (), np.zeros(0, np.int64)
+        """Requests of the last step and their rows, until somebody comes or goes."""
 
     def __len__(self) -> int:
         return len(self._members)
@@ -89,17 +91,26 @@ class Roster:
         for req_id in req_ids:
             member = self._members.pop(req_id, None)
             if member is not None:
+                self._order = (), np.zeros(0, np.int64)
                 self._free.append(member.row)
 
     def slots(self, layout: StepLayout, block_size: int) -> IntArray:
         """The KV slot of each token of the step, int64 [T]."""
-        rows_R = np.array([self._members[r].row for r in layout.req_ids], np.int64)
+        rows_R = self._rows_of(layout.req_ids)
+        if layout.query_start_loc[-1] == len(rows_R):  # a token each
+            return self._slots(rows_R, layout.first_positions, block_size)
         rows_T = np.repeat(rows_R, np.diff(layout.query_start_loc))
         return self._slots(rows_T, positions(layout), block_size)
 
     def leading_slots(self, req_id: str, num_positions: int, block_size: int) -> IntArray:
         """The KV slots of the request's first positions, int64."""
         return self._slots(self._members[req_id].row, np.arange(num_positions), block_size)
+
+    def _rows_of(self, req_ids: Sequence[str]) -> IntArray:
+        if req_ids != self._order[0]:
+            rows_R = np.array([self._members[r].row for r in req_ids], np.int64)
+            self._order = req_ids, rows_R
+        return self._order[1]
 
     def _slots(self, rows: IntArray | int, at: IntArray, block_size: int) -> IntArray:
         blocks = self._blocks_RB[rows, at // block_size].astype(np.int64)

@@ -129,7 +129,7 @@ class EngineRuntime:
         self.is_in_step = True
         note = news.note
         if self._readout is not None:
-            self._readout.release(note.computed | note.ended)
+            self._readout.release(note.computed | note.ended if self._speculative else {})
             self._readout.end({req_id: note.ended.get(req_id, 0) for req_id in news.ended})
         self._plan.forget(news.ended)
         self.roster.leave(news.ended)
@@ -161,12 +161,13 @@ class EngineRuntime:
         """Read the step out."""
         began = time.perf_counter_ns()
         layout, self._layout = self._layout, EMPTY_LAYOUT
+        steered_E = self._step_rows.steered_E
         self.is_in_step = False
         self._step_rows.clear()
         if self._rows_T.size and self._canary:
             self._canary.after(positions(layout), self._served_T)
         if self._readout is not None:
-            self._read_out(self._readout, layout)
+            self._read_out(self._readout, layout, steered_E)
             self._readout.charge(time.perf_counter_ns() - began)
         self._rows_T = self._rows_T[:0]
 
@@ -177,11 +178,11 @@ class EngineRuntime:
         self._rows_T = self._rows_T[:0]
         self._step_rows.clear()
 
-    def _read_out(self, readout: Readout, layout: StepLayout) -> None:
+    def _read_out(self, readout: Readout, layout: StepLayout, steered_E: IntArray) -> None:
         if layout.req_ids and self._speculative:
-            readout.hold(layout, self._rows_T)
+            readout.hold(layout, steered_E)
         elif layout.req_ids:
-            readout.emit(layout, self._rows_T)
+            readout.emit(layout, steered_E)
         elif readout.has_news:
             readout.flush()
 

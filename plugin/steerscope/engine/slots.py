@@ -9,7 +9,7 @@ says who may read it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,22 +23,34 @@ _UNKNOWN, _FOREIGN, _SEEN, _EDITED = range(4)
 
 
 class SiteValues(NamedTuple):
-    """What one site read and changed: activations [T, F], changes [T, F], doses [T].
+    """What one site read of T tokens, and what it changed at E of them.
 
-    ``deltas`` and ``doses`` are None, at all sites alike, where no token was steered.
+    Activations [T, F], changes [E, F], doses [E].
     """
 
     acts: FloatArray
-    deltas: FloatArray | None
-    doses: FloatArray | None
+    deltas: FloatArray
+    doses: FloatArray
 
-    def take(self, tokens: npt.NDArray[np.bool_] | slice) -> SiteValues:
-        """A copy of some tokens' values."""
-        return SiteValues(
-            self.acts[tokens].copy(),
-            None if self.deltas is None else self.deltas[tokens].copy(),
-            None if self.doses is None else self.doses[tokens].copy(),
+
+class Values(NamedTuple):
+    """What all sites read of T tokens, E of which, ``steered``, have a row that is not neutral."""
+
+    steered: IntArray
+    sites: Sequence[SiteValues]
+
+    def take(self, kept_T: npt.NDArray[np.bool_] | None = None) -> Values:
+        """A copy, of some tokens only if ``kept_T`` says so."""
+        if kept_T is None:
+            kept_T = np.ones(len(self.sites[0].acts) if self.sites else 0, np.bool_)
+        kept_E = kept_T[self.steered]
+        return Values(
+            (np.cumsum(kept_T) - 1)[self.steered[kept_E]],
+            [SiteValues(s.acts[kept_T], s.deltas[kept_E], s.doses[kept_E]) for s in self.sites],
         )
+
+
+NO_VALUES = Values(np.zeros(0, np.int64), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,40 +72,36 @@ class SlotCache:
         self._deltas = [np.zeros((self.num_slots, width), np.float32) for width in widths]
         self._doses = [np.zeros(self.num_slots, np.float32) for _ in widths]
 
-    def write(self, slots: IntArray, sites: list[SiteValues]) -> None:
+    def write(self, slots: IntArray, values: Values) -> None:
         """Keep a step's values, token t's under ``slots[t]``."""
-        kept = slots < self.num_slots
-        at = slots[kept]
-        self._state[at] = _SEEN
-        for s, site in enumerate(sites):
-            self._acts[s][at] = site.acts[kept]
-            if site.deltas is not None and site.doses is not None:
-                self._deltas[s][at] = site.deltas[kept]
-                self._doses[s][at] = site.doses[kept]
-        self._mark_edited(at, [site.doses[kept] for site in sites if site.doses is not None])
+        if not self.num_slots:
+            return
+        if slots.size and slots.max() >= self.num_slots:
+            inside = slots < self.num_slots
+            slots, values = slots[inside], values.take(inside)
+        self._state[slots] = _SEEN
+        for kept, site in zip(self._acts, values.sites, strict=True):
+            kept[slots] = site.acts
+        if values.steered.size:
+            self._write_edits(slots[values.steered], values.sites)
 
     def num_foreign(self, slots: IntArray) -> int:
         """How many of the slots hold KV that came from elsewhere."""
         return int((self._state[slots[slots < self.num_slots]] == _FOREIGN).sum())
 
-    def read(self, slots: IntArray) -> tuple[npt.NDArray[np.bool_], list[SiteValues]]:
+    def read(self, slots: IntArray) -> tuple[npt.NDArray[np.bool_], Values]:
         """Which slots are known [T], and their values (undefined at the others)."""
         if not self.num_slots:
-            return np.zeros(len(slots), np.bool_), []
+            return np.zeros(len(slots), np.bool_), NO_VALUES
         inside = slots < self.num_slots
         at = np.where(inside, slots, 0)
         state = np.where(inside, self._state[at], _UNKNOWN)
-        edited = (state == _EDITED)[:, None]
-        any_edited = bool(edited.any())
+        edited = np.flatnonzero(state == _EDITED)
         sites = [
-            SiteValues(
-                acts[at],
-                np.where(edited, deltas[at], np.float32(0.0)) if any_edited else None,
-                np.where(edited[:, 0], doses[at], np.float32(0.0)) if any_edited else None,
-            )
+            SiteValues(acts[at], deltas[at[edited]], doses[at[edited]])
             for acts, deltas, doses in zip(self._acts, self._deltas, self._doses, strict=True)
         ]
-        return state >= _SEEN, sites
+        return state >= _SEEN, Values(edited, sites)
 
     def forget_blocks(self, block_ids: Iterable[int], block_size: int) -> None:
         """These blocks were filled by something else than a step of ours."""
@@ -104,10 +112,11 @@ class SlotCache:
         """The KV of these slots came from elsewhere: whatever was read of them is void."""
         self._state[slots[slots < self.num_slots]] = _FOREIGN
 
-    def _mark_edited(self, at: IntArray, doses: list[FloatArray]) -> None:
-        if doses:
-            edited = at[np.logical_or.reduce([dose > 0.0 for dose in doses])]
-            self._state[edited] = _EDITED
+    def _write_edits(self, at: IntArray, sites: Sequence[SiteValues]) -> None:
+        for deltas, doses, site in zip(self._deltas, self._doses, sites, strict=True):
+            deltas[at], doses[at] = site.deltas, site.doses
+        edited_E = np.logical_or.reduce([site.doses > 0.0 for site in sites])
+        self._state[at[edited_E]] = _EDITED
 
 
 def bytes_per_slot(widths: tuple[int, ...]) -> int:

@@ -1,13 +1,18 @@
 """A site's buffers and what the op does with them.
 
-Shapes: T tokens of the step, T_max the most there can be, D model width, F features
-of the site, N of them in one TopK dictionary, S steering rows (row 0 neutral). Buffers live as
-long as the engine and are never reallocated: their addresses may be captured in a CUDA graph.
+Shapes: T tokens of the step, T_max the most there can be, E of them steered, D model width,
+F features of the site, N of them in one TopK dictionary, S steering rows (row 0 neutral). Buffers
+live as long as the engine and are never reallocated: their addresses may be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,48 +21,61 @@ from torch import Tensor
 
 from steerscope.catalog.model import Activation, Feature, Site
 from steerscope.catalog.store import Catalog, SiteKey
-from steerscope.engine import reference
-from steerscope.engine.reference import Encoder, Rows, TopK
-from steerscope.steering.interventions import Intervention, Op
+from steerscope.engine import loops, reference
+from steerscope.engine.reference import Encoder, TopK
+from steerscope.engine.tables import RowTables
+from steerscope.steering.interventions import Intervention
 
-INF = float("inf")
-
-_NEUTRAL = {
-    "scale": 1.0,
-    "add": 0.0,
-    "lo": -INF,
-    "hi": INF,
-    "self_above": -INF,
-    "gate_above": -INF,
-    "gate_below": INF,
-    "max_dose": INF,
-}
+NO_TOKENS = np.zeros(0, np.int64)
 
 
 class StepRows:
     """Which steering row each token of the step has; shared by all sites, neutral between steps.
 
+    Args:
+        in_loops: whether sites visit the steered tokens alone, as they do on a CPU, or make no
+            difference between tokens, as a captured graph must.
+
     Attributes:
-        rows_T: int64 [T_max] on the device; 0 for unsteered, padded and dummy tokens.
-        steered_T: int64 [n] the tokens with a row above 0.
+        steered_E: int64 [E] the tokens with a row above 0, on the host.
+        host_T: int64 [T] every token's row, on the host.
+        rows_T: int64 [T_max] the same on the device; 0 for unsteered, padded and dummy tokens.
+            Not kept up for loops.
+        scratch: float32 on the device, for what a site need not keep.
     """
 
-    def __init__(self, max_num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_tokens: int, device: torch.device, in_loops: bool | None = None
+    ) -> None:
+        self.in_loops = device.type == "cpu" if in_loops is None else in_loops
+        self.host_T = self.steered_E = self._last_E = NO_TOKENS
         self.rows_T = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        self.steered_T = torch.empty(0, dtype=torch.int64)
+        self._staged_T = torch.zeros(
+            max_num_tokens, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        self.scratch = torch.empty(0, device=device)
+
+    def reserve(self, shape: tuple[int, ...]) -> None:
+        """Have at least so much float32 scratch, which sites use one after another."""
+        if math.prod(shape) > self.scratch.numel():
+            self.scratch = torch.empty(shape, device=self.scratch.device)
 
     def stage(self, rows_np: npt.NDArray[np.int64]) -> None:
-        """Set the step's rows."""
-        steered = np.flatnonzero(rows_np)
-        self.steered_T = torch.from_numpy(steered)
-        if steered.size:
-            self.rows_T[: rows_np.size].copy_(torch.from_numpy(rows_np), non_blocking=True)
+        """Set the step's rows; the very array of the step before says that they are the same."""
+        if rows_np is not self.host_T:
+            self.host_T, self._last_E = rows_np, np.flatnonzero(rows_np)
+        self.steered_E = self._last_E
+        if self.steered_E.size and not self.in_loops:
+            staged_T = self._staged_T[: rows_np.size]
+            staged_T.copy_(torch.from_numpy(rows_np))
+            self.rows_T[: rows_np.size].copy_(staged_T, non_blocking=True)
 
     def clear(self) -> None:
         """Back to neutral, so that profiling and dummy runs edit nothing."""
-        if self.steered_T.numel():
-            self.rows_T.zero_()
-            self.steered_T = self.steered_T[:0]
+        if self.steered_E.size:
+            self.steered_E = NO_TOKENS
+            if not self.in_loops:
+                self.rows_T.zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +95,7 @@ class SiteTap:
         doses_T: float32 [T_max] relative size of the edits, the larger one where the site
             writes at two places; valid at steered tokens only.
         probe_D: float32 [D] what the site read at the step's first token, for the canary;
-            on a CPU only while ``is_probed``.
+            by loops only while ``is_probed``.
         encoder: the read half, as the op uses it.
         writes: the other site that some features write at, or None.
     """
@@ -87,9 +105,9 @@ class SiteTap:
     ) -> None:
         features = catalog.sites[key]
         self.key = key
+        self.name = str(key)
         self.features = features
         self.is_probed = True
-        self._addresses = {feature.name: index for index, feature in enumerate(features)}
         self._step = step
         self.encoder = _encoder(catalog, features, device)
         self._here = _decoder(catalog, features, key.site, device)
@@ -98,85 +116,138 @@ class SiteTap:
         for site in {feature.writes for feature in features} - {key.site}:
             self._there = _decoder(catalog, features, site, device)
             self.writes = site if self._there else None
-        self._rows = _neutral_rows(num_rows, len(features), device)
+        self._tables = RowTables([feature.name for feature in features], num_rows, device)
         shape = (step.rows_T.numel(), len(features))
         self.acts_TF = torch.zeros(shape, device=device)
         self.deltas_TF = torch.zeros(shape, device=device)
         self.doses_T = torch.zeros(shape[0], device=device)
         self.probe_D = torch.zeros(self.encoder.W_enc_DF.shape[0], device=device)
+        self._kernels = None if step.in_loops else self._triton(device)
+        if step.in_loops:
+            self._loops = loops.compiled()
+            self._deltas_np, self._doses_np = self.deltas_TF.numpy(), self.doses_T.numpy()
 
     def __call__(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Read every token's features; edit ``hidden_TD`` in place where steering holds.
 
-        See ``reference``. On a CPU only the steered tokens are touched at all; on a
-        device whose graph is captured every token takes the same path and the neutral
-        row's result is discarded, so that unsteered tokens stay bit-identical.
+        See ``reference``. Loops touch only the steered tokens; where the graph is captured every
+        token takes the same path and the neutral row leaves all bits as they are.
         """
-        x_TD = _stream(hidden_TD, residual_TD)
-        acts_TF = reference.encode(x_TD, self.encoder)
-        self.acts_TF[: len(x_TD)] = acts_TF
-        if not hidden_TD.is_cpu:
-            self.probe_D.copy_(x_TD[0])
-            self._edit_all(hidden_TD, x_TD, acts_TF)
+        if self._kernels is not None:
+            self._launch(self._kernels, hidden_TD, residual_TD)
             return
+        x_TD = _stream(hidden_TD, residual_TD)
+        acts_TF = reference.encode(x_TD, self.encoder, self.acts_TF[: len(x_TD)])
         if self.is_probed:
             self.probe_D.copy_(x_TD[0])
-        if self._step.steered_T.numel():
-            self._edit_some(hidden_TD, x_TD, acts_TF, self._step.steered_T)
+        if not self._step.in_loops:
+            self._edit_all(hidden_TD, x_TD, acts_TF)
+        elif self._step.steered_E.size:
+            self._edit_steered(hidden_TD, x_TD, acts_TF)
 
     def write(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Add what the site's transcoders write here; their edits were made at the site."""
         assert self._there is not None
-        if not hidden_TD.is_cpu:
+        if self._kernels is not None:
+            self._land_kernel(self._kernels, self._there, hidden_TD, residual_TD)
+        elif not self._step.in_loops:
             self._land_all(self._there, hidden_TD, _stream(hidden_TD, residual_TD))
-        elif self._step.steered_T.numel():
-            y_TD = _stream(hidden_TD, residual_TD)
-            self._land_some(self._there, hidden_TD, y_TD, self._step.steered_T)
+        elif self._step.steered_E.size:
+            self._land_steered(self._there, hidden_TD, _stream(hidden_TD, residual_TD))
 
     def write_row(
         self, row: int, interventions: list[Intervention], max_dose: float | None = None
     ) -> None:
         """Fill a steering row with the edits of this site; the rest of it is neutral."""
-        for name, value in _NEUTRAL.items():
-            getattr(self._rows, name)[row] = value
-        if max_dose is not None:
-            self._rows.max_dose[row] = max_dose
-        self._rows.gate_index[row] = torch.arange(len(self.features))
-        for intervention in interventions:
-            if intervention.feature in self._addresses:
-                self._write_edit(row, intervention)
+        self._tables.write(row, interventions, max_dose)
 
-    def _write_edit(self, row: int, intervention: Intervention) -> None:
-        at = (row, self._addresses[intervention.feature])
-        for name, value in _parameters(intervention).items():
-            getattr(self._rows, name)[at] = value
-        if intervention.only_if_active:
-            self._rows.self_above[at] = 0.0
-        if (when := intervention.when) is not None:
-            self._rows.gate_index[at] = self._addresses[when.feature]
-            self._rows.gate_above[at] = -INF if when.above is None else when.above
-            self._rows.gate_below[at] = INF if when.below is None else when.below
+    def _triton(self, device: torch.device) -> ModuleType | None:
+        """The kernels, where they run and have all that the site needs."""
+        kernels = import_module("steerscope.engine.kernels")
+        if self.encoder.dictionaries or not kernels.runs_on(device):
+            return None
+        width, num_features = self.encoder.W_enc_DF.shape
+        self._step.reserve(kernels.scratch_shape(self.acts_TF.shape[0], width, num_features))
+        self._cold = kernels.sizes(self.acts_TF.shape[0], width, num_features)
+        return kernels
 
-    def _edit_some(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor, tokens: Tensor) -> None:
-        rows_TF = self._rows.at(self._step.rows_T[tokens])
-        self.deltas_TF[tokens] = reference.edit(acts_TF[tokens], rows_TF)
-        self.doses_T[tokens] = 0.0
+    def _launch(self, kernels: Any, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
+        cold, self._cold = self._cold, []
+        for num_tokens in (*(size for size in cold if size < len(hidden_TD)), len(hidden_TD)):
+            # vLLM's first forward pass is a neutral one of the most tokens there can be: all that
+            # steps will need is compiled in it, and not while somebody waits.
+            hidden, residual = hidden_TD[:num_tokens], residual_TD
+            kernels.encode_and_edit(
+                hidden,
+                None if residual is None else residual[:num_tokens],
+                self.encoder,
+                self._tables.rows,
+                self._step.rows_T,
+                self.acts_TF,
+                self.deltas_TF,
+                self.doses_T,
+                self._step.scratch,
+                self.probe_D,
+            )
         if self._here is not None:
-            self._land_some(self._here, hidden_TD, x_TD, tokens)
+            self._land_kernel(kernels, self._here, hidden_TD, residual_TD)
 
-    def _land_some(
-        self, decoder: _Decoder, hidden_TD: Tensor, y_TD: Tensor, tokens: Tensor
+    def _land_kernel(
+        self, kernels: Any, decoder: _Decoder, hidden_TD: Tensor, residual_TD: Tensor | None
     ) -> None:
-        max_dose_T1 = self._rows.max_dose[self._step.rows_T[tokens]]
-        delta_TF = self.deltas_TF[tokens]
-        written = reference.decode(delta_TF, decoder.W_dec_FD, y_TD[tokens], max_dose_T1)
-        hidden_TD[tokens] = (hidden_TD[tokens].float() + written.delta_TD).to(hidden_TD.dtype)
-        self.deltas_TF[tokens] = torch.where(decoder.mine_F, delta_TF * written.share_T1, delta_TF)
-        self.doses_T[tokens] = torch.maximum(self.doses_T[tokens], written.dose_T)
+        kernels.land(
+            hidden_TD,
+            residual_TD,
+            decoder.W_dec_FD,
+            decoder.mine_F,
+            self._tables.rows.max_dose,
+            self._step.rows_T,
+            self.deltas_TF,
+            self.doses_T,
+        )
+
+    def _edit_steered(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor) -> None:
+        step, tables = self._step, self._tables
+        self._loops.edit(
+            step.steered_E,
+            step.host_T,
+            tables.edited_SF,
+            tables.num_edited_S,
+            tables.parameters_SPF,
+            tables.gate_index_SF,
+            acts_TF.numpy(),
+            self._deltas_np,
+            self._doses_np,
+        )
+        if self._here is not None:
+            self._land_steered(self._here, hidden_TD, x_TD)
+
+    def _land_steered(self, decoder: _Decoder, hidden_TD: Tensor, y_TD: Tensor) -> None:
+        step, tables = self._step, self._tables
+        in_place = hidden_TD.dtype == torch.float32 and hidden_TD.is_contiguous()
+        num_steered = len(step.steered_E)
+        out_TD = hidden_TD if in_place else torch.zeros(num_steered, hidden_TD.shape[1])
+        self._loops.land(
+            step.steered_E,
+            step.host_T,
+            tables.edited_SF,
+            tables.num_edited_S,
+            tables.max_dose_S,
+            decoder.W_dec_FD.numpy(),
+            decoder.mine_F.numpy(),
+            y_TD.contiguous().numpy(),
+            self._deltas_np,
+            self._doses_np,
+            out_TD.numpy(),
+            step.steered_E if in_place else np.arange(num_steered),
+        )
+        if not in_place:
+            tokens = torch.from_numpy(step.steered_E)
+            hidden_TD[tokens] = (hidden_TD[tokens].float() + out_TD).to(hidden_TD.dtype)
 
     def _edit_all(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor) -> None:
         num_tokens = len(x_TD)
-        rows_TF = self._rows.at(self._step.rows_T[:num_tokens])
+        rows_TF = self._tables.rows.at(self._step.rows_T[:num_tokens])
         self.deltas_TF[:num_tokens] = reference.edit(acts_TF, rows_TF)
         self.doses_T[:num_tokens] = 0.0
         if self._here is not None:
@@ -186,7 +257,9 @@ class SiteTap:
         num_tokens = len(y_TD)
         rows_T = self._step.rows_T[:num_tokens]
         delta_TF, doses_T = self.deltas_TF[:num_tokens], self.doses_T[:num_tokens]
-        written = reference.decode(delta_TF, decoder.W_dec_FD, y_TD, self._rows.max_dose[rows_T])
+        written = reference.decode(
+            delta_TF, decoder.W_dec_FD, y_TD, self._tables.rows.max_dose[rows_T]
+        )
         steered_TD = (hidden_TD.float() + written.delta_TD).to(hidden_TD.dtype)
         neutral_T1 = (rows_T == reference.NEUTRAL_ROW).unsqueeze(1)
         hidden_TD.copy_(torch.where(neutral_T1, hidden_TD, steered_TD))
@@ -203,7 +276,7 @@ def _stream(hidden_TD: Tensor, residual_TD: Tensor | None) -> Tensor:
 def _encoder(catalog: Catalog, features: tuple[Feature, ...], device: torch.device) -> Encoder:
     vectors = [catalog.vectors[feature.name] for feature in features]
     thresholds = [
-        -INF if feature.activation is Activation.IDENTITY else v.threshold
+        -math.inf if feature.activation is Activation.IDENTITY else v.threshold
         for feature, v in zip(features, vectors, strict=True)
     ]
     return Encoder(
@@ -253,37 +326,3 @@ def _decoder(
         for here, v in zip(mine, vectors, strict=True)
     ]
     return _Decoder(torch.from_numpy(np.stack(rows)).to(device), torch.tensor(mine, device=device))
-
-
-def _neutral_rows(num_rows: int, num_features: int, device: torch.device) -> Rows:
-    def table(name: str) -> Tensor:
-        return torch.full((num_rows, num_features), _NEUTRAL[name], device=device)
-
-    index = torch.arange(num_features, device=device).expand(num_rows, num_features).clone()
-    return Rows(
-        scale=table("scale"),
-        add=table("add"),
-        lo=table("lo"),
-        hi=table("hi"),
-        self_above=table("self_above"),
-        gate_index=index,
-        gate_above=table("gate_above"),
-        gate_below=table("gate_below"),
-        max_dose=torch.full((num_rows, 1), _NEUTRAL["max_dose"], device=device),
-    )
-
-
-def _parameters(intervention: Intervention) -> dict[str, float]:
-    """The operation in the equation's terms; the rest of the row stays neutral."""
-    value = intervention.value
-    match intervention.op:
-        case Op.CLAMP | Op.ABLATE:
-            return {"lo": value, "hi": value}
-        case Op.AT_LEAST:
-            return {"lo": value}
-        case Op.AT_MOST:
-            return {"hi": value}
-        case Op.SCALE:
-            return {"scale": value}
-        case Op.ADD:
-            return {"add": value}

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from steerscope.errors import HubError
+from steerscope.hub.doorbell import Doorbell
 from steerscope.hub.protocol import (
     PROTOCOL_VERSION,
     Ack,
@@ -46,7 +47,6 @@ from steerscope.steering.rules import Rules
 
 START_TIMEOUT_SECONDS = 10.0
 HELLO_EVERY_SECONDS = 1.0
-POLL_MILLISECONDS = 20
 ANSWER_TIMEOUT_SECONDS = 2.0
 MAX_WAITING_EVENTS = 10_000
 MAX_RECALLED = 10_000
@@ -75,6 +75,9 @@ class FrontendLink:
         self._lost_hub = False
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[bytes | None]]] = {}
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._bell = Doorbell(self._socket, self._partings)
         self._answered = threading.Event()
         self._closing = threading.Event()
         self._refusal: str | None = None
@@ -104,11 +107,11 @@ class FrontendLink:
 
     def admitted(self, external_id: str, policy: str, digest: str, asked: str = "") -> None:
         """Tell of a request admitted with steering. Never blocks, never raises."""
-        self._waiting.append(Admitted(external_id, policy, digest, asked))
+        self._leave(Admitted(external_id, policy, digest, asked))
 
     def rejected(self, external_id: str, policy: str, field: str, reason: str) -> None:
         """Tell of a request refused. Never blocks, never raises."""
-        self._waiting.append(Rejected(external_id, policy, field, reason))
+        self._leave(Rejected(external_id, policy, field, reason))
 
     async def ask(self, what: ReportAsked | MetricsAsked) -> bytes | None:
         """The hub's answer; None where it has nothing to tell.
@@ -120,7 +123,7 @@ class FrontendLink:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes | None] = loop.create_future()
         self._asked[number] = (loop, answer)
-        self._waiting.append(Question(number, what))
+        self._leave(Question(number, what))
         try:
             return await asyncio.wait_for(answer, ANSWER_TIMEOUT_SECONDS)
         except TimeoutError:
@@ -131,12 +134,16 @@ class FrontendLink:
     def close(self) -> None:
         """Say goodbye and stop the thread."""
         self._closing.set()
+        self._bell.ring()
         self._thread.join(timeout=2.0)
 
+    def _leave(self, event: FromFrontend) -> None:
+        self._waiting.append(event)
+        self._bell.ring()
+
     def _run(self) -> None:
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket, partings = self._socket, self._partings
         socket.setsockopt(zmq.LINGER, 500)
-        partings: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(control_address(self._endpoint))
         next_hello = 0.0
         while not self._closing.is_set():
@@ -145,10 +152,11 @@ class FrontendLink:
                 _send(socket, self._hello)
             while self._waiting:
                 self._tell(socket, self._waiting.popleft())
-            while partings.poll(0):
+            self._bell.wait(next_hello - time.monotonic())
+            while _has_message(partings):
                 partings.recv_multipart()
                 self._lost_hub = True
-            if socket.poll(POLL_MILLISECONDS):
+            while _has_message(socket):
                 self._receive(socket)
         _send(socket, Goodbye())
         socket.disable_monitor()
@@ -195,6 +203,10 @@ class FrontendLink:
 def _settle(answer: asyncio.Future[bytes | None], body: bytes | None) -> None:
     if not answer.done():
         answer.set_result(body)
+
+
+def _has_message(socket: zmq.Socket[bytes]) -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _send(socket: zmq.Socket[bytes], message: FromFrontend) -> None:
