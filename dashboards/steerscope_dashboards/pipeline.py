@@ -143,7 +143,8 @@ def _frames(settings: Settings) -> tuple[PanelBuilder, ...]:
             "Frames lost by reason",
             About(
                 "Frames a second whose contents never counted.",
-                "not_sent: the hub is too slow or gone. lost: they died with an earlier hub. "
+                "shed: the hub could not keep up. not_sent: nor could it shed, or it is gone. "
+                "lost: they died with an earlier hub. "
                 "malformed: versions of worker and hub differ. catalog_mismatch, "
                 "too_many_engines: see the logs of the hub.",
             ),

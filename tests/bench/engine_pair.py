@@ -8,48 +8,58 @@ what happens otherwise on few cores).
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from steerscope.demo.live.server import SERVER_SETTINGS
+
 ENGINE_CORE, HUB_CORE = 1, 0
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
-}
+ENVIRONMENT = {**SERVER_SETTINGS, "VLLM_LOGGING_LEVEL": "WARNING"}
+TURN_SECONDS = 0.06
+"""As much work as one engine does before it is another's turn; one step at least."""
+LEAD_IN_SECONDS = 0.05
+"""Steps shorter than this notice what other engines left in the caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine under test is; without ``config`` it is vLLM as it comes."""
+
+    name: str
+    model: Path
+    config: Path | None = None
+    steering: dict[str, list[str]] = field(default_factory=lambda: {"all": [], "generation": []})
+    engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 class Child:
-    """A handle on one engine process; ``config`` None is vLLM without Steerscope's config."""
+    """A handle on one engine process. It starts on ``start_core``; all work on the same."""
 
-    def __init__(
-        self, name: str, model: Path, config: Path | None, log: Path, engine_args: Mapping[str, Any]
-    ) -> None:
-        self.name = name
+    def __init__(self, spec: EngineSpec, folder: Path, start_core: int = ENGINE_CORE) -> None:
+        self.name, self.config = spec.name, spec.config
         environment = {k: v for k, v in os.environ.items() if not k.startswith("STEERSCOPE")}
         environment |= ENVIRONMENT
-        if config is not None:
-            environment["STEERSCOPE_CONFIG"] = str(config)
+        if spec.config is not None:
+            environment["STEERSCOPE_CONFIG"] = str(spec.config)
         arguments = {
-            "model": str(model),
+            "model": str(spec.model),
             "core": ENGINE_CORE,
             "hub_core": HUB_CORE,
-            "engine_args": dict(engine_args),
+            "start_core": start_core,
+            "steering": spec.steering,
+            "engine_args": spec.engine_args,
         }
-        self._log = log
+        self._log = folder / f"{spec.name}.log"
         script = Path(__file__).with_name("engine_child.py")
-        with log.open("wb") as errors:
+        with self._log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(script), json.dumps(arguments)],
                 stdin=subprocess.PIPE,
@@ -85,31 +95,32 @@ class Child:
         raise RuntimeError(f"the engine {self.name!r} ended:\n{tail}")
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """How much of plain vLLM's throughput is left: 1 is all of it. 95% interval over rounds."""
-
-    value: float
-    low: float
-    high: float
-    rounds: int
-
-
-def ratio(plain: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """Of the rounds' times, pair by pair: geometric mean, normal interval of the logarithms."""
-    logs = [math.log(a / b) for a, b in zip(plain, ours, strict=True)]
-    mean = statistics.mean(logs)
-    half = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
-    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+def turn(children: Sequence[Child], command: str, trial: int, **arguments: Any) -> dict[str, Any]:
+    """How much work a turn is, by a trial of so many steps, which also warms everybody up."""
+    answers = [c.ask(command, count=trial, lead_in=False, **arguments) for c in children]
+    one = min(statistics.median(answer["ns"][trial // 2 :]) for answer in answers) / 1e9
+    count = max(1, round(TURN_SECONDS / one))
+    return {"count": count, "lead_in": one < LEAD_IN_SECONDS, **arguments}
 
 
 def in_turn(
-    children: Sequence[Child], command: str, rounds: int, **arguments: Any
-) -> dict[str, list[Any]]:
-    """Give every child the same command, once a round, in another order each time."""
-    rng = random.Random(0)
-    answers: dict[str, list[Any]] = {child.name: [] for child in children}
-    for _ in range(rounds):
-        for child in rng.sample(children, len(children)):
+    children: Sequence[Child], command: str, seconds: float, **arguments: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Give every child the same command once a round, in another order each time.
+
+    ``seconds`` are for each child; there are four rounds at least.
+    """
+    answers: dict[str, list[dict[str, Any]]] = {child.name: [] for child in children}
+    for order in _orders(children, seconds * len(children)):
+        for child in order:
             answers[child.name].append(child.ask(command, **arguments))
     return answers
+
+
+def _orders(children: Sequence[Child], seconds: float) -> Iterator[list[Child]]:
+    rng = random.Random(0)
+    ends_at = time.monotonic() + seconds
+    rounds = 0
+    while rounds < 4 or time.monotonic() < ends_at:
+        rounds += 1
+        yield rng.sample(children, len(children))

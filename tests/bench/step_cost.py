@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import SHAPES, write_config
+from random_model import SHAPES, write_config
 from steerscope.catalog import store
 from steerscope.engine.plan import RequestInfo, StepLayout
 from steerscope.engine.readout import FrameSender, Source

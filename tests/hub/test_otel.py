@@ -392,7 +392,8 @@ def test_events_that_find_no_room_are_counted_and_the_newest_stay(
         worker.send(frame(catalog, *((name, 0, 3) for name in names), acts=2.0, started=starts))
         worker.send(frame(catalog, *((name, 3, 2) for name in names), acts=2.0))
         worker.send(frame(catalog, finished=tuple(names)))
-    eventually(lambda: finished(exporting) == batch * batches, seconds=20)
+        sent = batch * (number + 1)
+        eventually(lambda sent=sent: finished(exporting) == sent, seconds=20)  # or it sheds
     receiver.start()
     waited = otlp_sender.MAX_EVENTS
     eventually(lambda: len(receiver.events()) >= waited, seconds=30)

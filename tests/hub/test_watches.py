@@ -331,17 +331,21 @@ def test_a_cursor_from_before_the_ring_is_told_exactly_what_it_missed(calls, wor
     assert received + missed == count + 1
 
 
-def _flood(worker, catalog, names, num_frames, num_tokens):
-    """Frames of one request each, so large that a few hundred overflow the ring."""
+def _flood(worker, catalog, calls, names, num_frames, num_tokens):
+    """Frames of one request each, so large that a few hundred overflow the ring.
+
+    One request at a time, so that none waits for the hub for long: it would be shed.
+    """
     num_sent = 0
     for name in names:
         made = frame(catalog, (name, 0, num_tokens), started=(start(name, 1),))
         for _ in range(num_frames):
-            worker.send(made)
+            worker.send(msgspec.structs.replace(made, monotonic_ns=time.monotonic_ns()))
             num_sent += 1
             made = msgspec.structs.replace(made, started=())
         worker.send(ended(catalog, name, num_tokens))
         num_sent += 1
+        report_of(calls, name)
     return num_sent
 
 
@@ -362,11 +366,9 @@ def test_consumers_that_never_read_cost_no_memory_and_lose_what_the_ring_overwri
     reader = threading.Thread(target=read_fast)
     reader.start()
     stalled = [activations_from(calls) for _ in range(8)]
-    sent = _flood(worker, catalog, ["warm"], 200, 8000)  # 19 MB of arrays; 30% of the ring
-    report_of(calls, "warm")
+    sent = _flood(worker, catalog, calls, ["warm"], 200, 8000)  # 19 MB of arrays; 30% of the ring
     before = process.memory_info().rss
-    sent += _flood(worker, catalog, [f"f{i}" for i in range(16)], 200, 8000)
-    report_of(calls, "f15")
+    sent += _flood(worker, catalog, calls, [f"f{i}" for i in range(16)], 200, 8000)
     run_request(worker, catalog, "last", 0)
     report_of(calls, "last")
     sent += 2

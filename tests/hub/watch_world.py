@@ -143,7 +143,7 @@ class Script:
 
     def play(self, worker, pause=0.0):
         for each in self.frames:
-            worker.send(each)
+            worker.send(msgspec.structs.replace(each, monotonic_ns=time.monotonic_ns()))
             time.sleep(pause)
 
     @contextlib.contextmanager

@@ -5,7 +5,7 @@ import msgspec
 import numpy as np
 import pytest
 from steerscope.catalog import store
-from steerscope.telemetry import signals
+from steerscope.telemetry import requests, signals
 from steerscope.telemetry.columns import Columns
 from steerscope.telemetry.requests import Limits, RequestLedger
 from steerscope.telemetry.tracks import Unobserved
@@ -13,6 +13,7 @@ from steerscope.telemetry.tracks import Unobserved
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
 
 from hub_world import frame, start, write_catalog
+from watch_world import Script
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -24,10 +25,10 @@ def catalog(tmp_path_factory):
 
 @pytest.fixture
 def make_ledger(catalog):
-    def make(max_tracks=100, ttl_seconds=60.0, max_tokens=4096):
+    def make(max_tracks=100, ttl_seconds=60.0, max_tokens=4096, max_bytes=1 << 30):
         return RequestLedger(
             Columns(catalog),
-            Limits(max_tracks, ttl_seconds, max_tokens),
+            Limits(max_tracks, ttl_seconds, max_tokens, max_bytes),
             lambda track: tuple(signals.evaluate(s, track) for s in catalog.signals),
         )
 
@@ -193,6 +194,22 @@ def test_the_oldest_finished_report_makes_room_first(make_ledger, catalog):
     assert ledger.report("new")
 
 
+def test_finished_reports_take_so_many_bytes_and_the_newest_stays(make_ledger, catalog):
+    one = make_ledger()
+    one.feed(frame(catalog, ("a", 0, 9), acts=ramp(0, 9), started=(start("a", 9),)), 1.0)
+    one.feed(frame(catalog, finished=("a",)), 1.0)
+    (track,) = one.report("a")
+    for max_bytes, kept in ((2.5 * track.num_bytes, "de"), (1, "e")):
+        ledger = make_ledger(max_bytes=int(max_bytes))
+        for name in "abcde":
+            told = frame(catalog, (name, 0, 9), acts=ramp(0, 9), started=(start(name, 9),))
+            ledger.feed(told, 1.0)
+            ledger.feed(frame(catalog, finished=(name,)), 1.0)
+        assert "".join(name for name in "abcde" if ledger.report(name)) == kept
+    ledger.expire(1e6)
+    assert ledger._finished_bytes == 0
+
+
 def test_a_finished_report_is_forgotten_after_its_time(make_ledger, catalog):
     ledger = make_ledger(ttl_seconds=10.0)
     ledger.feed(frame(catalog, ("a", 0, 1), started=(start("a", 1),)), 1.0)
@@ -231,3 +248,46 @@ def test_changed_tokens_are_summed_up_once_however_often_recomputed(ledger, cata
     assert (steered.dose_mean, steered.dose_max) == (0.5, 0.5)
     assert ledger.report("a")[0].runs("known")[0][2].tolist() == [0.0, 3.0, -1.0, 0.0]
     assert ledger.report("a")[0].runs("unknown")[0][2] is None
+
+
+def told_by(ledger, script):
+    """All that a ledger says of the frames, as plain values."""
+    steps = []
+    for made in script.frames:
+        step = ledger.feed(made, 1.0)
+        news = [(n.fresh_T.tolist(), n.completed_T.tolist(), n.cached) for n in step.blocks]
+        steps.append((news, dict(+step.unobserved)))
+    tracks = [
+        (
+            np.nan_to_num(track.activations(), nan=-1.0).tolist(),
+            [(p.first, p.stop) for p in track.passes],
+            track.unobserved(),
+            [track.spans(site) for site in range(2)],
+            (track.end, track.steered.num_tokens, track.scores),
+        )
+        for name in script.names
+        for track in ledger.report(name)
+    ]
+    return steps, tracks
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tokens_that_come_one_by_one_are_kept_as_any_others(
+    make_ledger, catalog, monkeypatch, seed
+):
+    script = Script(catalog, seed, 6, recomputing=seed % 2 == 0)
+    found = told_by(make_ledger(max_tokens=25), script)
+    monkeypatch.setattr(requests, "_append", lambda block, shares: ([], shares))
+    assert found == told_by(make_ledger(max_tokens=25), script)
+
+
+def test_tokens_that_were_not_filed_yet_are_seen_at_once(ledger, catalog):
+    ledger.feed(frame(catalog, ("a", 0, 2), acts=ramp(0, 2), started=(start("a", 2),)), 1.0)
+    (track,) = ledger.report("a")
+    for position in (2, 3, 6, *range(7, 100)):
+        ledger.feed(frame(catalog, ("a", position, 1), acts=ramp(position, 1)), 1.0)
+        assert track.values("known", position, position + 1).tolist() == [position]
+        assert (track.end, track.passes[-1].stop) == (position + 1, position + 1)
+    assert track.unobserved() == {Unobserved.DROPPED_FRAME: 2}
+    assert track.values("known", 2, 6) is None
+    assert track.runs("late")[1][:2][1].tolist() == [200.0 + p for p in range(6, 100)]

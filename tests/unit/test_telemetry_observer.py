@@ -284,6 +284,16 @@ def test_names_carry_their_units():
             assert instrument.name.endswith(suffixes[instrument.unit])
 
 
+def test_columns_added_together_are_counted_as_one_by_one():
+    values_nF = np.random.default_rng(1).normal(1.0, 2.0, (50, 3)).astype(np.float32)
+    together, apart = (HistogramArray((0.0, 0.5, 2.0), 6) for _ in range(2))
+    together.observe_columns(slice(1, 6, 2), values_nF)
+    series_nF = np.broadcast_to([1, 3, 5], values_nF.shape)
+    apart.observe(series_nF.ravel(), values_nF.ravel())
+    assert together.counts.tolist() == apart.counts.tolist()
+    assert together.sums.tolist() == pytest.approx(apart.sums.tolist())
+
+
 def test_a_histograms_sum_never_falls():
     histogram = HistogramArray((0.0, 1.0), 2)
     histogram.observe(np.array([0, 0, 1]), np.array([-5.0, 2.0, 0.5], np.float32))
@@ -344,3 +354,56 @@ def test_what_the_canary_asked_is_in_no_number_of_features_and_signals(catalog):
     for phase in ("prompt", "generation"):
         name = "steerscope_observed_tokens_total"
         assert canary.value(name, phase=phase) == user.value(name, phase=phase) > 0
+
+
+SHED_ALL = 1 << 62
+"""Every frame was read out before that."""
+
+
+def lost_tokens(world):
+    return world.value("steerscope_unobserved_tokens_total", reason="dropped_frame")
+
+
+def test_of_a_shed_frame_requests_are_followed_and_tokens_counted_as_lost(world, catalog):
+    shed = frame(catalog, ("a", 0, 5), started=(start("a", 3, policy="force-known"),))
+    world.observer.take(frames.encode(shed), 2, SHED_ALL)
+    world.take(frame(catalog, ("a", 5, 2)))
+    end = msgspec.structs.replace(frame(catalog), finished=(frames.RequestEnd("a", 7),))
+    world.observer.take(frames.encode(end), 2, SHED_ALL)
+    assert world.events == [("started", "a"), ("finished", "a")]
+    assert world.value("steerscope_frames_dropped_total", reason="shed") == 1
+    assert lost_tokens(world) == 5
+    assert world.value("steerscope_observed_tokens_total", phase="generation") == 2
+    (track,) = world.observer.ledger.report("a")
+    assert {reason.value: n for reason, n in track.unobserved().items()} == {"dropped_frame": 5}
+    applied = {"policy": "force-known", "outcome": "applied"}
+    assert world.value("steerscope_steering_requests_total", **applied) == 1
+
+
+def test_a_shed_token_is_not_counted_again_where_it_was_seen_or_missed_before(world, catalog):
+    world.take(frame(catalog, ("a", 0, 2), started=(start("a", 2),)))
+    world.take(frame(catalog, ("a", 4, 1), dropped=1, dropped_tokens=2))
+    again = frame(catalog, ("a", 0, 6), dropped=1, dropped_tokens=2)
+    world.observer.take(frames.encode(again), 2, SHED_ALL)
+    assert lost_tokens(world) == 2 + 1
+
+
+def test_a_token_of_two_ranks_of_which_one_is_shed_is_lost_once(world, catalog):
+    whole = frame(catalog, ("a", 0, 3), started=(start("a", 3),))
+    parts = [
+        msgspec.structs.replace(whole, sites=(site,), rank=rank)
+        for rank, site in enumerate(whole.sites)
+    ]
+    world.take(parts[0])
+    world.observer.take(frames.encode(parts[1]), 2, SHED_ALL)
+    assert lost_tokens(world) == 3
+    assert world.value("steerscope_observed_tokens_total", phase="prompt") == 0
+
+
+def test_what_is_kept_of_the_prefix_cache_goes_with_a_shed_frame_and_is_counted(world, catalog):
+    kept = frames.CachedActivations(bytes([1, 1, 1]), frame(catalog, ("x", 0, 3)).sites)
+    told = msgspec.structs.replace(start("a", 4, first_position=3), cached=kept)
+    shed = frame(catalog, ("a", 3, 2), started=(told,))
+    world.observer.take(frames.encode(shed), 2, SHED_ALL)
+    assert lost_tokens(world) == 2
+    assert world.value("steerscope_unobserved_tokens_total", reason="prefix_cache") == 3

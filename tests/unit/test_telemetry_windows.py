@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steerscope.catalog.model import Baseline
 from steerscope.lab.drift import JUST_ABOVE_ZERO, drift
-from steerscope.telemetry.windows import MIN_TOKENS, NUM_PANES, DriftWindow
+from steerscope.telemetry.windows import MIN_TOKENS, NUM_PANES, DriftWindow, _as_float32
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -120,3 +120,10 @@ def test_a_catalog_without_baselines_has_no_drift():
     window = DriftWindow((), Columns(), SECONDS)
     fill(window, rows(3.0))
     assert list(window.measure(1000.0)) == []
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_an_edge_is_reached_by_the_same_activations_in_float32(edge, value):
+    (rounded,) = _as_float32(np.array([edge]))
+    assert (np.float32(value) >= rounded) == (value >= edge)
+    assert rounded.dtype == np.float32

@@ -1,16 +1,22 @@
-"""The steered half of the equation on a CPU: loops, compiled by numba, over what a row edits.
+"""What each step does on the host, in loops that numba compiles; it comes with vLLM.
 
-A policy edits one or two of a site's features. Torch would gather every parameter of every
-feature, a dozen operations over mostly neutral numbers; these visit the edited ones alone. The
-equation is ``reference.edit`` and ``reference.decode``, in float32. numba comes with vLLM.
+After a forward pass on the same core the caches hold nothing of ours, and every numpy call is ten
+times dearer than in a benchmark of its own: one loop instead of six calls is what counts.
 
-Shapes: T tokens of the step, E of them steered, D model width, F features, S rows.
+On a CPU, in float32, ``read`` is ``reference.encode`` for a step of few tokens, ``edit`` and
+``land`` are ``reference.edit`` and ``reference.decode`` for the steered ones. A policy edits one or
+two of a site's features; torch would gather every parameter of all of them, these visit the edited
+ones alone. The others are for the batch plan and for the values that are kept by KV slot.
+
+Shapes: T tokens of the step, R its requests, E tokens that are steered, D model width, F features,
+S rows, N slots, B blocks of a request.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +25,35 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+SEEN, EDITED = 2, 3
+"""States of a KV slot that holds what a step read there; see ``slots``."""
+
 _TINY, _LARGEST = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+
+
+def _read(
+    hidden_TD: FloatArray,
+    residual_TD: FloatArray,
+    W_enc_DF: FloatArray,
+    b_enc_F: FloatArray,
+    threshold_F: FloatArray,
+    acts_TF: FloatArray,
+    x_TD: FloatArray,
+) -> None:
+    """x and ``reference.encode`` of a few tokens."""
+    num_features = len(b_enc_F)
+    for t in range(len(hidden_TD)):
+        acts_F = acts_TF[t]
+        for f in range(num_features):
+            acts_F[f] = b_enc_F[f]
+        for d in range(hidden_TD.shape[1]):
+            x = hidden_TD[t, d] + residual_TD[t, d]
+            x_TD[t, d] = x
+            for f in range(num_features):
+                acts_F[f] += x * W_enc_DF[d, f]
+        for f in range(num_features):
+            if acts_F[f] <= threshold_F[f]:
+                acts_F[f] = 0.0
 
 
 def _edit(
@@ -95,31 +129,107 @@ def _land(
                 deltas_TF[t, f] *= share
 
 
-class Loops(NamedTuple):
-    """Both functions, compiled."""
+def _locate(
+    rows_R: IntArray,
+    query_start_loc: IntArray,
+    first_positions: IntArray,
+    blocks_RB: npt.NDArray[np.int32],
+    block_size: int,
+    slots_T: IntArray,
+) -> None:
+    """Write the KV slot of each token of the step."""
+    for r in range(len(rows_R)):
+        position = first_positions[r]
+        for t in range(query_start_loc[r], query_start_loc[r + 1]):
+            block = blocks_RB[rows_R[r], position // block_size]
+            slots_T[t] = block * block_size + position % block_size
+            position += 1
 
+
+def _keep(
+    slots_T: IntArray, acts_TF: FloatArray, kept_NF: FloatArray, state_N: npt.NDArray[np.uint8]
+) -> None:
+    """Keep each token's activations under its slot, where there is one, and say that it is seen."""
+    for t in range(len(slots_T)):
+        slot = slots_T[t]
+        if slot < len(state_N):
+            state_N[slot] = SEEN
+            for f in range(acts_TF.shape[1]):
+                kept_NF[slot, f] = acts_TF[t, f]
+
+
+def _keep_edits(
+    slots_E: IntArray,
+    deltas_EF: FloatArray,
+    doses_E: FloatArray,
+    kept_deltas_NF: FloatArray,
+    kept_doses_N: FloatArray,
+    state_N: npt.NDArray[np.uint8],
+) -> None:
+    """Keep what was changed at the steered tokens; a slot where something was is marked so."""
+    for e in range(len(slots_E)):
+        slot = slots_E[e]
+        if slot < len(state_N):
+            kept_doses_N[slot] = doses_E[e]
+            for f in range(deltas_EF.shape[1]):
+                kept_deltas_NF[slot, f] = deltas_EF[e, f]
+            if doses_E[e] > 0.0:
+                state_N[slot] = EDITED
+
+
+def _are_within(at_R: IntArray, from_R: IntArray, until_R: IntArray) -> bool:
+    """Whether each position lies in its own range."""
+    within = True
+    for r in range(len(at_R)):
+        within &= from_R[r] <= at_R[r] < until_R[r]
+    return within
+
+
+class Loops(NamedTuple):
+    """The functions, compiled."""
+
+    read: Callable[..., None]
     edit: Callable[..., None]
     land: Callable[..., None]
+    locate: Callable[..., None]
+    keep: Callable[..., None]
+    keep_edits: Callable[..., None]
+    are_within: Callable[..., bool]
+
+
+@functools.cache
+def start() -> Future[Loops]:
+    """Compile, which takes a second and a half, while vLLM compiles the model."""
+    return ThreadPoolExecutor(1, thread_name_prefix="steerscope-loops").submit(_compile)
 
 
 @functools.cache
 def compiled() -> Loops:
-    """Compile, which takes half a second, before the first step and once per process."""
-    from numba import njit  # an import of its own third of a second, for workers on a CPU alone
+    """The loops; the first call waits for them."""
+    return start().result()
+
+
+def _compile() -> Loops:
+    from numba import njit  # an import of a third of a second, which only workers need
 
     # Sums may be taken in any order, which is what lets them run in parallel lanes;
     # not-a-number and infinity keep their meaning.
     jit = njit(fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)
-    loops = Loops(jit(_edit), jit(_land))
-    one, index = np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
-    table, doses, mine = (
-        np.zeros((1, 1), np.float32),
-        np.zeros(1, np.float32),
-        np.zeros(1, np.bool_),
-    )
-    parameters = np.zeros((1, 7, 1), np.float32)
-    loops.edit(one, one, index, one, parameters, index, table, table.copy(), doses)
-    loops.land(
-        one, one, index, one, doses, table, mine, table, table.copy(), doses, table.copy(), one
-    )
+    functions = (_read, _edit, _land, _locate, _keep, _keep_edits, _are_within)
+    loops = Loops(*map(jit, functions))
+    _call_each(loops)
     return loops
+
+
+def _call_each(loops: Loops) -> None:
+    """With the types that they will be called with: that is when numba compiles."""
+    row, starts, index = np.zeros(1, np.int64), np.array([0, 1]), np.zeros((1, 1), np.int64)
+    dose, state, mine = np.zeros(1, np.float32), np.zeros(1, np.uint8), np.zeros(1, np.bool_)
+    table, parameters = np.zeros((1, 1), np.float32), np.zeros((1, 7, 1), np.float32)
+    loops.read(table, table, table, dose, dose, table, table)
+    loops.edit(row, row, index, row, parameters, index, table, table, dose)
+    loops.land(row, row, index, row, dose, table, mine, table, table, dose, table, row)
+    loops.locate(row, starts, row, index.astype(np.int32), 1, row)
+    loops.keep(row, table, table, state)
+    loops.keep_edits(row, table, dose, table, dose, state)
+    loops.are_within(row, row, row)

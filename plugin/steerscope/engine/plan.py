@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from steerscope.engine import loops
 from steerscope.engine.rows import RowTable
 from steerscope.steering.segments import Segment
 from steerscope.steering.stamp import Stamp
@@ -86,8 +87,7 @@ class _Decode(NamedTuple):
         """Whether a step of the same requests has the same rows."""
         if int(layout.query_start_loc[-1]) != len(self.rows_R):
             return False
-        at_R = layout.first_positions
-        return bool(((at_R >= self.from_R) & (at_R < self.until_R)).all())
+        return loops.compiled().are_within(layout.first_positions, self.from_R, self.until_R)
 
 
 NO_SPANS = _Spans(*(np.zeros(0, np.int64) for _ in range(4)))
@@ -118,6 +118,7 @@ class BatchPlan:
         self._order: tuple[str, ...] | None = ()
         """Those of the last step in turn; None once what is known of them is out of date."""
         self._spans = NO_SPANS
+        self._neutral_T = np.zeros(0, np.int64)
         self._decode: _Decode | None = None
         """The rows of the last step, if it may tell those of the next."""
 
@@ -127,11 +128,15 @@ class BatchPlan:
         The very array of the step before where nothing changed; not to be written.
         """
         self._follow(tuple(layout.req_ids))
+        num_tokens = int(layout.query_start_loc[-1])
+        if not self._steered:
+            if len(self._neutral_T) != num_tokens:
+                self._neutral_T = np.zeros(num_tokens, np.int64)
+            return self._neutral_T
         if self._decode is not None and self._decode.still_holds(layout):
             return self._decode.rows_R
-        rows_T = np.zeros(int(layout.query_start_loc[-1]), np.int64)
-        if self._steered:
-            _lay(rows_T, layout, self._spans)
+        rows_T = np.zeros(num_tokens, np.int64)
+        _lay(rows_T, layout, self._spans)
         if len(rows_T) == len(layout.req_ids):
             until_R = _until(layout.first_positions, self._spans)
             self._decode = _Decode(rows_T, layout.first_positions, until_R)

@@ -10,7 +10,9 @@ that run, from the first step on that ends without the hub.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,22 +52,26 @@ _log = logging.getLogger(__name__)
 class FrameSender:
     """PUSH socket to the hub's fan-in. Nothing here blocks, and ``send`` never raises.
 
-    What waits in the socket while there is no hub goes to the next one, in order.
+    What waits in the socket while there is no hub goes to the next one, in order. A thread that
+    otherwise sleeps notices that a hub went away.
     """
 
     def __init__(self, endpoint: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_FRAMES)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._has_lost_hub = False
+        partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        threading.Thread(
+            target=self._watch, args=(partings,), name="steerscope-partings", daemon=True
+        ).start()
         self._socket.connect(frames_address(endpoint))
 
     def has_lost_hub(self) -> bool:
         """Whether the hub went away since this was last asked."""
-        is_lost = False
-        while int(self._partings.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._partings.recv_multipart()
-            is_lost = True
+        is_lost = self._has_lost_hub
+        if is_lost:
+            self._has_lost_hub = False
         return is_lost
 
     def send(self, payload: bytes) -> bool:
@@ -75,6 +81,11 @@ class FrameSender:
         except zmq.ZMQError:
             return False
         return True
+
+    def _watch(self, partings: zmq.Socket[bytes]) -> None:
+        with contextlib.suppress(zmq.ContextTerminated):
+            while partings.recv_multipart():
+                self._has_lost_hub = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,8 +384,8 @@ class Readout:
         return CachedActivations(known.tobytes(), self._activations(values))
 
     def _values(self, num_tokens: int, steered: IntArray) -> Values:
-        # A step whose tokens are all steered needs no copy to tell them apart.
-        at = slice(num_tokens) if len(steered) == num_tokens else steered
+        # Where all tokens or none are steered, no copy is needed to tell them apart.
+        at = steered if 0 < len(steered) < num_tokens else slice(len(steered))
         return Values(
             steered,
             [
@@ -393,7 +404,7 @@ class Readout:
 
 def _activations(tap: SiteTap, steered: IntArray, values: SiteValues) -> SiteActivations:
     name, num_features, acts = tap.name, len(tap.features), _bytes(values.acts)
-    edited = np.flatnonzero(values.doses > 0.0)
+    edited = np.flatnonzero(values.doses > 0.0) if steered.size else steered
     if not edited.size:
         return SiteActivations(name, num_features, acts)
     deltas, doses = values.deltas, values.doses

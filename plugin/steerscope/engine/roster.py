@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from steerscope.engine.plan import IntArray, RequestInfo, StepLayout, positions
+from steerscope.engine import loops
+from steerscope.engine.plan import IntArray, RequestInfo, StepLayout
 from steerscope.steering.stamp import Stamp
 
 NOTHING = (0, 0)
@@ -97,25 +98,29 @@ class Roster:
     def slots(self, layout: StepLayout, block_size: int) -> IntArray:
         """The KV slot of each token of the step, int64 [T]."""
         rows_R = self._rows_of(layout.req_ids)
-        if layout.query_start_loc[-1] == len(rows_R):  # a token each
-            return self._slots(rows_R, layout.first_positions, block_size)
-        rows_T = np.repeat(rows_R, np.diff(layout.query_start_loc))
-        return self._slots(rows_T, positions(layout), block_size)
+        slots_T = np.empty(int(layout.query_start_loc[-1]), np.int64)
+        loops.compiled().locate(
+            rows_R,
+            layout.query_start_loc,
+            layout.first_positions,
+            self._blocks_RB,
+            block_size,
+            slots_T,
+        )
+        return slots_T
 
     def leading_slots(self, req_id: str, num_positions: int, block_size: int) -> IntArray:
         """The KV slots of the request's first positions, int64."""
-        return self._slots(self._members[req_id].row, np.arange(num_positions), block_size)
+        at = np.arange(num_positions)
+        blocks = self._blocks_RB[self._members[req_id].row, at // block_size].astype(np.int64)
+        slots: IntArray = blocks * block_size + at % block_size
+        return slots
 
     def _rows_of(self, req_ids: Sequence[str]) -> IntArray:
         if req_ids != self._order[0]:
             rows_R = np.array([self._members[r].row for r in req_ids], np.int64)
             self._order = req_ids, rows_R
         return self._order[1]
-
-    def _slots(self, rows: IntArray | int, at: IntArray, block_size: int) -> IntArray:
-        blocks = self._blocks_RB[rows, at // block_size].astype(np.int64)
-        slots: IntArray = blocks * block_size + at % block_size
-        return slots
 
     def _append(self, member: _Member, block_ids: Sequence[int]) -> None:
         end = member.num_blocks + len(block_ids)

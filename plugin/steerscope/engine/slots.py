@@ -16,10 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from steerscope.engine import loops
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 _UNKNOWN, _FOREIGN, _SEEN, _EDITED = range(4)
+assert (_SEEN, _EDITED) == (loops.SEEN, loops.EDITED)
 
 
 class SiteValues(NamedTuple):
@@ -74,16 +77,13 @@ class SlotCache:
 
     def write(self, slots: IntArray, values: Values) -> None:
         """Keep a step's values, token t's under ``slots[t]``."""
-        if not self.num_slots:
-            return
-        if slots.size and slots.max() >= self.num_slots:
-            inside = slots < self.num_slots
-            slots, values = slots[inside], values.take(inside)
-        self._state[slots] = _SEEN
+        keep, keep_edits = loops.compiled().keep, loops.compiled().keep_edits
         for kept, site in zip(self._acts, values.sites, strict=True):
-            kept[slots] = site.acts
+            keep(slots, site.acts, kept, self._state)
         if values.steered.size:
-            self._write_edits(slots[values.steered], values.sites)
+            slots_E = slots[values.steered]
+            for deltas, doses, site in zip(self._deltas, self._doses, values.sites, strict=True):
+                keep_edits(slots_E, site.deltas, site.doses, deltas, doses, self._state)
 
     def num_foreign(self, slots: IntArray) -> int:
         """How many of the slots hold KV that came from elsewhere."""
@@ -111,12 +111,6 @@ class SlotCache:
     def mark_foreign(self, slots: IntArray) -> None:
         """The KV of these slots came from elsewhere: whatever was read of them is void."""
         self._state[slots[slots < self.num_slots]] = _FOREIGN
-
-    def _write_edits(self, at: IntArray, sites: Sequence[SiteValues]) -> None:
-        for deltas, doses, site in zip(self._deltas, self._doses, sites, strict=True):
-            deltas[at], doses[at] = site.deltas, site.doses
-        edited_E = np.logical_or.reduce([site.doses > 0.0 for site in sites])
-        self._state[at[edited_E]] = _EDITED
 
 
 def bytes_per_slot(widths: tuple[int, ...]) -> int:

@@ -26,6 +26,9 @@ from steerscope.engine.reference import Encoder, TopK
 from steerscope.engine.tables import RowTables
 from steerscope.steering.interventions import Intervention
 
+SMALL_STEP = 1 << 19
+"""Multiplications up to which a loop reads a step: to call for BLAS costs more than it saves."""
+
 NO_TOKENS = np.zeros(0, np.int64)
 
 
@@ -124,8 +127,7 @@ class SiteTap:
         self.probe_D = torch.zeros(self.encoder.W_enc_DF.shape[0], device=device)
         self._kernels = None if step.in_loops else self._triton(device)
         if step.in_loops:
-            self._loops = loops.compiled()
-            self._deltas_np, self._doses_np = self.deltas_TF.numpy(), self.doses_T.numpy()
+            self._prepare_loops()
 
     def __call__(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Read every token's features; edit ``hidden_TD`` in place where steering holds.
@@ -136,8 +138,8 @@ class SiteTap:
         if self._kernels is not None:
             self._launch(self._kernels, hidden_TD, residual_TD)
             return
-        x_TD = _stream(hidden_TD, residual_TD)
-        acts_TF = reference.encode(x_TD, self.encoder, self.acts_TF[: len(x_TD)])
+        x_TD = self._read(hidden_TD, residual_TD)
+        acts_TF = self.acts_TF[: len(x_TD)]
         if self.is_probed:
             self.probe_D.copy_(x_TD[0])
         if not self._step.in_loops:
@@ -160,6 +162,33 @@ class SiteTap:
     ) -> None:
         """Fill a steering row with the edits of this site; the rest of it is neutral."""
         self._tables.write(row, interventions, max_dose)
+
+    def _prepare_loops(self) -> None:
+        W_enc_DF, b_enc_F, threshold_F, dictionaries = self.encoder
+        self._deltas_np, self._doses_np = self.deltas_TF.numpy(), self.doses_T.numpy()
+        self._read_with = W_enc_DF.numpy(), b_enc_F.numpy(), threshold_F.numpy()
+        max_small = 0 if dictionaries else SMALL_STEP // W_enc_DF.numel()
+        self._small_x_TD = torch.zeros(min(max_small, len(self.acts_TF)), len(W_enc_DF))
+
+    def _read(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> Tensor:
+        """Write the activations; return x."""
+        num_tokens = len(hidden_TD)
+        if (
+            not self._step.in_loops
+            or num_tokens > len(self._small_x_TD)
+            or residual_TD is None
+            or hidden_TD.dtype != torch.float32
+            or residual_TD.dtype != torch.float32
+        ):
+            x_TD = _stream(hidden_TD, residual_TD)
+            reference.encode(x_TD, self.encoder, self.acts_TF[:num_tokens])
+            return x_TD
+        x_TD = self._small_x_TD[:num_tokens]
+        acts_np, x_np = self.acts_TF.numpy(), x_TD.numpy()
+        loops.compiled().read(
+            hidden_TD.numpy(), residual_TD.numpy(), *self._read_with, acts_np, x_np
+        )
+        return x_TD
 
     def _triton(self, device: torch.device) -> ModuleType | None:
         """The kernels, where they run and have all that the site needs."""
@@ -208,7 +237,7 @@ class SiteTap:
 
     def _edit_steered(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor) -> None:
         step, tables = self._step, self._tables
-        self._loops.edit(
+        loops.compiled().edit(
             step.steered_E,
             step.host_T,
             tables.edited_SF,
@@ -227,7 +256,7 @@ class SiteTap:
         in_place = hidden_TD.dtype == torch.float32 and hidden_TD.is_contiguous()
         num_steered = len(step.steered_E)
         out_TD = hidden_TD if in_place else torch.zeros(num_steered, hidden_TD.shape[1])
-        self._loops.land(
+        loops.compiled().land(
             step.steered_E,
             step.host_T,
             tables.edited_SF,

@@ -119,7 +119,7 @@ FRAMES_DROPPED = Instrument(
     Kind.COUNTER,
     "{frame}",
     "Frames whose contents never counted: not sent by the worker, lost with a hub that was "
-    "killed, or refused by the hub.",
+    "killed, shed by a hub that could not keep up, or refused by it.",
     (*ENGINE, "reason"),
 )
 READOUT_LAG = Instrument(

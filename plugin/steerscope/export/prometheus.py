@@ -56,7 +56,7 @@ from steerscope.telemetry.tracks import EngineKey, Unobserved
 NO_OVERRIDE = "none"
 OVERRIDES = (NO_OVERRIDE, *OverrideMode)
 UNOBSERVED_REASONS = tuple(r for r in Unobserved if r is not Unobserved.OVER_LIMIT)
-ENGINE_LOSSES = (FrameLoss.NOT_SENT, FrameLoss.LOST, FrameLoss.CATALOG_MISMATCH)
+ENGINE_LOSSES = (FrameLoss.NOT_SENT, FrameLoss.LOST, FrameLoss.SHED, FrameLoss.CATALOG_MISMATCH)
 HUB_LOSSES = (FrameLoss.MALFORMED, FrameLoss.TOO_MANY_ENGINES)
 FRONT_END_OUTCOMES = (Outcome.ADMITTED, Outcome.REJECTED, Outcome.OVERRULED)
 

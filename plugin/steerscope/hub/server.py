@@ -128,6 +128,7 @@ class Hub:
             max_tracks=settings.hub.max_reports,
             ttl_seconds=settings.hub.report_ttl_seconds,
             max_tokens_per_track=settings.hub.max_tokens_per_report,
+            max_bytes=settings.hub.max_report_bytes,
         )
         self._otel = open_export(settings, lambda: collector.snapshot(), totals)
         bounds = instruments.bounds_for(self._catalog)
@@ -200,7 +201,7 @@ class Hub:
             self._asked,
             self._auditor,
         )
-        self._fan_in = FanIn(endpoint, self._observer)
+        self._fan_in = FanIn(endpoint, self._observer, settings.hub.max_frame_wait_seconds)
 
     @property
     def observer(self) -> Observer:

@@ -231,6 +231,8 @@ def _settings(catalog: Path) -> config.Settings:
             "http_address": "127.0.0.1:0",
             "max_reports": 2 * ROUND,
             "max_tokens_per_report": 1 << 20,
+            "max_report_bytes": 1 << 40,
+            "max_frame_wait_seconds": 86_400.0,
             "report_ttl_seconds": 3600.0,
         },
         "telemetry": {"max_series_per_engine": 1 << 30},  # nobody scrapes a lab

@@ -43,6 +43,21 @@ class Block:
     finite_T: BoolArray | None
     """Tokens without NaN or infinity; None when that is all of them."""
     edits: Edits | None
+    is_whole: bool
+    """Whether these are all sites."""
+
+    def rows(self, of_T: BoolArray) -> FloatArray:
+        """The activations of some tokens; not a copy if those are all."""
+        return self.acts_TF if of_T.all() else self.acts_TF[of_T]
+
+    def plain_T(self) -> BoolArray:
+        """Tokens that are finite and were not changed (bool [T])."""
+        plain_T = self.finite_T
+        if plain_T is None:
+            plain_T = np.ones(len(self.acts_TF), np.bool_)
+        if self.edits is not None:
+            plain_T = plain_T & ~self.edits.deltas_TF.any(axis=1)
+        return plain_T
 
 
 class Columns:
@@ -97,6 +112,7 @@ class Columns:
             acts_TF=acts,
             finite_T=None if finite.all() else finite.all(axis=1),
             edits=_edits(run, len(acts)) if any(site.edit_tokens for site in run) else None,
+            is_whole=len(run) == len(self.site_names),
         )
 
 

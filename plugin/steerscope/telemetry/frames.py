@@ -8,8 +8,6 @@ of a site, E edits made. Tokens of request r are ``query_start_loc[r]`` to
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +126,12 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     """Tokens in the frames that this worker could send before this one."""
 
 
+def without_activations(frame: Frame) -> Frame:
+    """What the frame tells of requests and of how many tokens they had, and no activation."""
+    started = tuple(msgspec.structs.replace(start, cached=None) for start in frame.started)
+    return msgspec.structs.replace(frame, sites=(), started=started)
+
+
 def encode(frame: Frame) -> bytes:
     """The frame as MessagePack."""
     return msgspec.msgpack.encode(frame)
@@ -142,12 +146,12 @@ def decode(payload: bytes) -> Frame:
         frame.request_ids
     ):
         raise msgspec.ValidationError("request_ids, query_start_loc and positions disagree")
-    starts = (0, *frame.query_start_loc)
-    if frame.query_start_loc[0] != 0 or any(a > b for a, b in pairwise(starts)):
+    starts = list(frame.query_start_loc)
+    if starts[0] != 0 or starts != sorted(starts):
         raise msgspec.ValidationError("query_start_loc does not ascend from 0")
     if frame.query_start_loc[-1] >= MAX_POSITION:
         raise msgspec.ValidationError("query_start_loc is out of range")
-    if any(not 0 <= position < MAX_POSITION for position in frame.positions):
+    if frame.positions and not 0 <= min(frame.positions) <= max(frame.positions) < MAX_POSITION:
         raise msgspec.ValidationError("positions are out of range")
     if min(frame.overhead_ns, frame.dropped, frame.dropped_tokens) < 0:
         raise msgspec.ValidationError("a count is negative")

@@ -72,11 +72,14 @@ class Observer:
         """The totals of each engine heard of so far."""
         return self._engines
 
-    def take(self, payload: bytes, now_ns: int) -> None:
-        """Count one payload off the wire; never raises, whatever it holds."""
+    def take(self, payload: bytes, now_ns: int, stale_ns: int = 0) -> None:
+        """Count one payload off the wire; never raises, whatever it holds.
+
+        Of a frame that was read out before ``stale_ns``, the activations are shed.
+        """
         try:
             frame = decode(payload)
-            self._take(frame, now_ns)
+            self._take(frame, now_ns, stale_ns)
         except (msgspec.MsgspecError, ValueError, IndexError, RecursionError):
             self._totals.frames_lost[FrameLoss.MALFORMED] += 1
 
@@ -89,7 +92,7 @@ class Observer:
             labels = self._engines[track.key].labels
             labels.update((s.name, Missing.UNOBSERVED) for s in self._catalog.signals)
 
-    def _take(self, frame: Frame, now_ns: int) -> None:
+    def _take(self, frame: Frame, now_ns: int, stale_ns: int) -> None:
         key = EngineKey(frame.model_name, frame.engine)
         engine = self._engine(key)
         if engine is None:
@@ -98,7 +101,9 @@ class Observer:
         if frame.catalog_digest != self._catalog.digest:
             engine.refuse(frame, FrameLoss.CATALOG_MISMATCH)
             return
-        step = self.ledger.feed(frame, now_ns * 1e-9)
+        is_shed = frame.monotonic_ns < stale_ns and bool(frame.request_ids)
+        step = self.ledger.feed(frame, now_ns * 1e-9, is_shed=is_shed)
+        engine.frames_lost[FrameLoss.SHED] += is_shed
         for track in step.started:
             track.is_canary = self._is_canary(track.start.external_id)
         engine.receive(frame, now_ns, self._marks.of(key, frame.rank))

@@ -26,15 +26,15 @@ class Missing(enum.StrEnum):
 
 
 def _highest(values_n: FloatArray) -> float:
-    return float(values_n.max())
+    return float(np.maximum.reduce(values_n))
 
 
 def _lowest(values_n: FloatArray) -> float:
-    return float(values_n.min())
+    return float(np.minimum.reduce(values_n))
 
 
 def _mean(values_n: FloatArray) -> float:
-    return float(values_n.mean(dtype=np.float64))
+    return float(np.add.reduce(values_n, dtype=np.float64)) / len(values_n)
 
 
 def _last(values_n: FloatArray) -> float:

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from steerscope.telemetry.columns import Block, BoolArray, Columns
-from steerscope.telemetry.frames import Frame, RequestEnd, RequestStart
+from steerscope.telemetry.frames import Frame, RequestEnd, RequestStart, without_activations
 from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score, Unobserved
 
 TrackKey = tuple[EngineKey, str]
@@ -21,21 +22,29 @@ TrackKey = tuple[EngineKey, str]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the ledger may hold. ``max_tracks`` evicts the oldest, finished ones first."""
+    """What the ledger may hold. ``max_tracks`` evicts the oldest, finished ones first.
+
+    ``max_bytes`` evicts the oldest finished ones, but the newest stays.
+    """
 
     max_tracks: int
     ttl_seconds: float
     max_tokens_per_track: int
+    max_bytes: int = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """One request's rows of a frame: ``first`` to ``last``, the first one at ``position``."""
 
     track: RequestTrack
     first: int
     last: int
     position: int
+
+    @property
+    def stop(self) -> int:
+        """One past the position of the last one."""
+        return self.position + self.last - self.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,8 @@ class Step:
     started: list[RequestTrack] = field(default_factory=list)
     finished: list[RequestTrack] = field(default_factory=list)
     unobserved: Counter[Unobserved] = field(default_factory=Counter)
+    num_shed: int = 0
+    """Its tokens, if the frame was shed, but for those that were seen or missed before."""
 
 
 class RequestLedger:
@@ -76,18 +87,22 @@ class RequestLedger:
         self._score = score
         self._running: dict[TrackKey, RequestTrack] = {}
         self._finished: dict[TrackKey, RequestTrack] = {}
+        self._finished_bytes = 0
         self._by_external_id: dict[str, list[RequestTrack]] = {}
         self._ranks: dict[EngineKey, set[int]] = {}
-        self._ended_at: dict[TrackKey, set[int]] = {}
-        self._dropped_at: dict[tuple[TrackKey, int], int] = {}
         self._serials = count(1)
 
     def report(self, external_id: str) -> tuple[RequestTrack, ...]:
         """Every sequence known under the client's id, in order of start; may be empty."""
         return tuple(self._by_external_id.get(external_id, ()))
 
-    def feed(self, frame: Frame, now: float) -> Step:
-        """Take one frame; raise ``ValueError``, changing nothing, if its sites are unknown."""
+    def feed(self, frame: Frame, now: float, *, is_shed: bool = False) -> Step:
+        """Take one frame; raise ``ValueError``, changing nothing, if its sites are unknown.
+
+        One that is shed only tells what became of requests: its tokens were computed, not seen.
+        """
+        if is_shed:
+            frame = without_activations(frame)
         blocks = list(self._columns.blocks(frame.sites))
         cached = {
             start.request_id: list(self._columns.blocks(start.cached.sites))
@@ -110,7 +125,10 @@ class RequestLedger:
         for change in frame.changed:
             if (track := self._running.get((key, change.request_id))) is not None:
                 track.change(change)
-        _take(step, blocks, list(self._shares(step, frame, now)), frame.query_start_loc[-1])
+        shares = list(self._shares(step, frame, now))
+        if is_shed:
+            step.num_shed = sum(s.track.give_up(s.position, s.stop) for s in shares)
+        _take(step, blocks, shares, frame.query_start_loc[-1])
         self._finish(step, frame, (e for e in frame.finished if e.request_id in present), now)
         return step
 
@@ -168,14 +186,14 @@ class RequestLedger:
         bounds = pairwise(frame.query_start_loc)
         rows = zip(frame.request_ids, bounds, frame.positions, strict=True)
         for request_id, (first, last), position in rows:
-            key = (step.key, request_id)
-            track = self._running.get(key)
+            track = self._running.get((step.key, request_id))
             if track is None:
                 step.unobserved[Unobserved.UNKNOWN_REQUEST] += last - first
                 continue
-            step.unobserved[Unobserved.DROPPED_FRAME] += max(position - track.end, 0)
+            if position > track.end:
+                step.unobserved[Unobserved.DROPPED_FRAME] += position - track.end
             track.updated_at = now
-            self._dropped_at[key, frame.rank] = frame.dropped
+            track.dropped_at[frame.rank] = frame.dropped
             yield Share(track, first, last, position)
 
     def _finish(self, step: Step, frame: Frame, ends: Iterable[RequestEnd], now: float) -> None:
@@ -184,16 +202,17 @@ class RequestLedger:
             track = self._running.get(key)
             if track is None:
                 continue
-            dropped = self._dropped_at.pop((key, frame.rank), frame.dropped)
-            track.end = max(track.end, end.end)
+            dropped = track.dropped_at.pop(frame.rank, frame.dropped)
             track.tail_lost |= not end.end and frame.dropped > dropped
-            ended = self._ended_at.setdefault(key, set())
-            ended.add(frame.rank)
-            if ended >= self._ranks[step.key]:
+            track.reach(end.end)
+            track.ended_at.add(frame.rank)
+            if track.ended_at >= self._ranks[step.key]:
                 track.finish(self._score(track), now)
                 self._finished[key] = self._running.pop(key)
-                del self._ended_at[key]
+                self._finished_bytes += track.num_bytes
                 step.finished.append(track)
+        while self._finished_bytes > self._limits.max_bytes and len(self._finished) > 1:
+            self._forget(next(iter(self._finished)), self._finished)
 
     def _make_room(self) -> None:
         while len(self._running) + len(self._finished) >= self._limits.max_tracks:
@@ -202,9 +221,8 @@ class RequestLedger:
 
     def _forget(self, key: TrackKey, tracks: dict[TrackKey, RequestTrack]) -> None:
         track = tracks.pop(key)
-        self._ended_at.pop(key, None)
-        for rank in self._ranks.get(key[0], ()):
-            self._dropped_at.pop((key, rank), None)
+        if tracks is self._finished:
+            self._finished_bytes -= track.num_bytes
         siblings = self._by_external_id[track.start.external_id]
         siblings.remove(track)
         if not siblings:
@@ -212,11 +230,11 @@ class RequestLedger:
 
 
 def _generated(shares: list[Share], num_tokens: int) -> BoolArray:
-    """Which tokens were generated rather than given (bool [T])."""
-    generated_T: BoolArray = np.zeros(num_tokens, np.bool_)
-    for share in shares:
-        prompt_rows = max(share.track.start.num_prompt_tokens - share.position, 0)
-        generated_T[share.first + prompt_rows : share.last] = True
+    """Which tokens were generated rather than given (bool [T]); of unknown requests, all."""
+    generated_T: BoolArray = np.ones(num_tokens, np.bool_)
+    for track, first, last, position in shares:
+        if position < track.num_prompt_tokens:
+            generated_T[first : min(first + track.num_prompt_tokens - position, last)] = False
     return generated_T
 
 
@@ -234,7 +252,9 @@ def _add(block: Block, shares: list[Share], step: Step) -> tuple[BoolArray, Bool
     """Which of the block's tokens are fresh and which completed (bool [T])."""
     fresh_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
     completed_T: BoolArray = np.zeros(len(block.acts_TF), np.bool_)
-    for share in shares:
+    appended, others = _append(block, shares) if block.is_whole else ([], shares)
+    fresh_T[appended] = completed_T[appended] = True
+    for share in others:
         added = share.track.add(block, share.first, share.last, share.position)
         fresh_T[share.first : share.last] = added.fresh
         completed_T[share.first : share.last] = added.completed
@@ -242,3 +262,21 @@ def _add(block: Block, shares: list[Share], step: Step) -> tuple[BoolArray, Bool
             num_bad = int((~block.finite_T[share.first : share.last]).sum())
             step.unobserved[Unobserved.NOT_FINITE] += num_bad
     return fresh_T, completed_T
+
+
+def _append(block: Block, shares: list[Share]) -> tuple[list[int], list[Share]]:
+    """Append tokens that came alone, and are new, to their tracks: their rows, the other shares."""
+    alone = [share for share in shares if share.last - share.first == 1]
+    others = [share for share in shares if share.last - share.first != 1]
+    rows = [share.first for share in alone]
+    # Tracks keep these for a while: rows of long prompts, which came with them, they need not.
+    acts_nF = block.acts_TF if len(rows) == len(block.acts_TF) else block.acts_TF[rows]
+    appended: list[int] = []
+    for share, row_F, is_plain in zip(alone, acts_nF, block.plain_T()[rows].tolist(), strict=True):
+        track, first, _, position = share
+        if is_plain and position >= track.end:
+            track.append(position, row_F)
+            appended.append(first)
+        else:
+            others.append(share)
+    return appended, others

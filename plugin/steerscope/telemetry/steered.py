@@ -25,6 +25,11 @@ class SteeredTokens:
         self._deltas_NF: FloatArray = np.zeros((0, num_features), np.float32)
 
     @property
+    def num_bytes(self) -> int:
+        """What the kept changes take."""
+        return self._changed_N.nbytes + self._deltas_NF.nbytes
+
+    @property
     def dose_mean(self) -> float:
         """Mean dose; 0.0 when nothing was changed."""
         return self._dose_sum / self._num_doses if self._num_doses else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,6 +56,8 @@ class FrameLoss(enum.StrEnum):
     NOT_SENT = "not_sent"
     LOST = "lost"
     """Sent, but never counted: it died with an earlier hub."""
+    SHED = "shed"
+    """Waited for the hub too long, which took what it told of requests and nothing else."""
     MALFORMED = "malformed"
     CATALOG_MISMATCH = "catalog_mismatch"
     TOO_MANY_ENGINES = "too_many_engines"
@@ -132,6 +134,7 @@ class EngineTotals:
         self.applied: Counter[str] = Counter()
         self._reported_lost_tokens = 0
         self._missed_tokens = 0
+        self._shed_tokens = 0
 
     def receive(self, frame: Frame, now_ns: int, since: Mark) -> None:
         """Count the frame itself: its delay, its cost, and what its worker lost since the mark."""
@@ -160,6 +163,7 @@ class EngineTotals:
                 self._missed_tokens += count
             else:
                 self.unobserved[reason] += count
+        self._shed_tokens += step.num_shed
         self._settle_lost_tokens()
         for news in step.blocks:
             self._add_acts(news, now_ns * 1e-9)
@@ -178,29 +182,31 @@ class EngineTotals:
                 self.score.observe_one(series, score.score)
 
     def _settle_lost_tokens(self) -> None:
-        """A lost token may be both missed here and reported by its worker: count it once."""
-        lost = max(self._missed_tokens, self._reported_lost_tokens)
+        """A lost token may be both missed here and reported by its worker: count it once.
+
+        One that was shed is neither: it came, and its sequence knows that it was computed.
+        """
+        lost = max(self._missed_tokens, self._reported_lost_tokens) + self._shed_tokens
         self.unobserved[Unobserved.DROPPED_FRAME] = lost
 
     def _add_acts(self, news: BlockNews, now: float) -> None:
-        generated_T = news.generated_T
-        self.observed += np.bincount(generated_T[news.completed_T], minlength=2)
-        self.cached += int(news.completed_T.sum()) * news.cached
-        asked_T = _without(news.fresh_T, news.shares, lambda track: track.is_canary)
-        acts_nF = news.block.acts_TF[asked_T]
-        if not len(acts_nF):
-            return
-        phase_n = generated_T[asked_T].astype(np.intp)
-        first, stop = news.block.columns.start, news.block.columns.stop
-        series_nF = 2 * np.arange(first, stop)[None, :] + phase_n[:, None]
-        self.activation.observe(series_nF.ravel(), acts_nF.ravel())
-        active_nF = acts_nF > 0.0
-        for phase in (0, 1):
-            self.active[first:stop, phase] += active_nF[phase_n == phase].sum(axis=0)
-        as_it_is_T = _without(asked_T, news.shares, lambda track: bool(track.interventions))
+        generated_T, columns = news.generated_T, news.block.columns
+        completed = np.bincount(generated_T[news.completed_T], minlength=2)
+        self.observed += completed
+        self.cached += int(completed.sum()) * news.cached
+        asked_T = _without(news.fresh_T, [s for s in news.shares if s.track.is_canary])
+        steered = [share for share in news.shares if share.track.interventions]
         for phase, in_phase_T in enumerate((~generated_T, generated_T)):
-            acts = news.block.acts_TF[as_it_is_T & in_phase_T]
-            self.drift.add(phase, news.block.columns, acts, now)
+            asked_in_phase_T = asked_T & in_phase_T
+            acts_nF = news.block.rows(asked_in_phase_T)
+            if not len(acts_nF):
+                continue
+            series = slice(2 * columns.start + phase, 2 * columns.stop, 2)
+            self.activation.observe_columns(series, acts_nF)
+            self.active[columns, phase] += (acts_nF > 0.0).sum(axis=0)
+            if steered:
+                acts_nF = news.block.rows(_without(asked_in_phase_T, steered))
+            self.drift.add(phase, columns, acts_nF, now)
 
     def _add_edits(self, news: BlockNews, edits: Edits) -> None:
         changed_TF = (edits.deltas_TF != 0.0) & news.fresh_T[:, None]
@@ -223,11 +229,8 @@ class EngineTotals:
                 self.steered[column, OPS.index(intervention.op)] += int(changed.sum())
 
 
-def _without(
-    of_T: BoolArray, shares: Iterable[Share], is_left_out: Callable[[RequestTrack], bool]
-) -> BoolArray:
+def _without(of_T: BoolArray, left_out: Sequence[Share]) -> BoolArray:
     """Those tokens, less the ones of some sequences (bool [T])."""
-    left_out = [share for share in shares if is_left_out(share.track)]
     if not left_out:
         return of_T
     rest_T = of_T.copy()

@@ -3,12 +3,17 @@
 Shapes: N positions, n tokens just added, F features of the catalog, C of them that a signal
 reads, S sites. Positions beyond the limit are observed and reduced like all others: of their
 values only those that signals read are kept, and only until the sequence ends.
+
+Nearly all tokens come one by one, new and of every site at once. Of these a track only keeps
+the row, and files ``MAX_UNFILED`` of them together, or whatever there is when it is asked.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,6 +22,12 @@ from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
 from steerscope.telemetry.frames import MAX_POSITION, RequestStart, SteeringChange
 from steerscope.telemetry.steered import SteeredTokens
+
+BYTES_PER_TRACK = 4096
+"""Of a track beside its values: measured."""
+
+MAX_UNFILED = 32
+"""More save little, and each keeps alive its row of every sequence of its step."""
 
 
 class Unobserved(enum.StrEnum):
@@ -41,8 +52,7 @@ class Score:
     label: str
 
 
-@dataclass(frozen=True, slots=True)
-class EngineKey:
+class EngineKey(NamedTuple):
     """Which engine of which model: the labels that vLLM's own metrics have."""
 
     model_name: str
@@ -76,8 +86,8 @@ class RequestTrack:
     """One sequence of one engine.
 
     ``end`` is one past the last position known to have been computed; ``tail_lost`` says
-    that frames were dropped after it, so that there may have been more. ``passes`` say in
-    which order tokens came; ``serial`` tells the tracks of one ledger apart, for good.
+    that frames were dropped after it, so that there may have been more. ``serial`` tells the
+    tracks of one ledger apart, for good.
     """
 
     def __init__(
@@ -87,29 +97,69 @@ class RequestTrack:
         self.key = key
         self.columns = columns
         self.end = start.first_position if start.resumed_at is None else start.resumed_at
+        self.num_prompt_tokens = start.num_prompt_tokens
         self.updated_at = now
         self.finished = False
         self.is_canary = False
         """Whether it is a synthetic request of ours, which no user asked."""
         self.tail_lost = False
         self.serial = 0
-        self.passes: list[Pass] = []
+        self.dropped_at: dict[int, int] = {}
+        """By rank: how many frames it had dropped when its newest one with a token was sent."""
+        self.ended_at: set[int] = set()
+        """Ranks that told the end."""
         self.scores: tuple[Score, ...] = ()
         self.policy, self.digest, self.changed_at = start.policy, start.digest, 0
         self.source, self.rule, self.asked = start.source, start.rule, start.asked
         self.steered = SteeredTokens(len(columns.features), limit)
         self.interventions = _interventions(start.interventions)
         self._limit = limit
+        self._passes: list[Pass] = []
+        self._unfiled: dict[int, FloatArray] = {}
+        """The newest positions that were seen, ascending: a row [F] of each."""
         self._not_finite: set[int] = set()
         self._acts_NF: FloatArray = np.zeros((0, len(columns.features)), np.float32)
         self._beyond_NC: FloatArray = np.zeros((0, len(columns.read_by_signals)), np.float32)
         self._seen_NS: BoolArray = np.zeros((0, len(columns.site_names)), np.bool_)
 
+    @property
+    def passes(self) -> list[Pass]:
+        """In which order tokens came."""
+        self._file()
+        return self._passes
+
+    def append(self, position: int, row_F: FloatArray) -> None:
+        """Take one token, at ``end`` or beyond, which is finite, unchanged and of every site.
+
+        The row is kept for a while, and must not be written to.
+        """
+        self.end = position + 1
+        self._unfiled[position] = row_F
+        if len(self._unfiled) >= MAX_UNFILED:
+            self._file()
+
+    def reach(self, end: int) -> None:
+        """Every position before that was computed."""
+        self.end = max(self.end, end)
+
+    def give_up(self, position: int, stop: int) -> int:
+        """Tokens were computed and will not be seen: how many of them were neither seen nor missed.
+
+        Of those before ``end``, that are the ones of which another rank has told its part.
+        """
+        num_lost = max(stop - max(position, self.end), 0)
+        if position < self.end:
+            self._file()
+            seen_nS = self._seen_NS[position : min(stop, self.end)]
+            num_lost += int((seen_nS.any(axis=1) & ~seen_nS.all(axis=1)).sum())
+        self.reach(stop)
+        return num_lost
+
     def add(self, block: Block, first: int, last: int, position: int) -> Added:
         """Take the block's rows ``first`` to ``last``, whose first one is at ``position``."""
+        self._file()
         stop = position + last - first
-        self._seen_NS = grown(self._seen_NS, stop)
-        self._acts_NF = grown(self._acts_NF, min(stop, self._limit))
+        self._make_room(stop)
         self.end = max(self.end, stop)
         self._note_pass(block.sites, position, stop)
         seen_nS = self._seen_NS[position:stop]
@@ -130,9 +180,10 @@ class RequestTrack:
 
         Beyond the limit, a feature is known if a signal reads it, until the sequence ends.
         """
+        self._file()
         column = self.columns.index[feature]
         seen = self._seen_NS[start:stop, self.columns.site_of[column]]
-        if len(seen) < stop - start or not seen.all():
+        if len(seen) < stop - start or not np.logical_and.reduce(seen):
             return None
         kept = self._acts_NF[start : min(stop, self._limit), column]
         if stop <= self._limit:
@@ -183,6 +234,7 @@ class RequestTrack:
 
     def spans(self, site: int, start: int = 0, stop: int = MAX_POSITION) -> list[tuple[int, int]]:
         """Adjacent positions that were seen at the site and are kept: from one to before other."""
+        self._file()
         kept = min(self.end, len(self._acts_NF), self._limit, stop)
         seen = np.zeros(max(kept - start, 0) + 2, np.int8)
         seen[1:-1] = self._seen_NS[start:kept, site]
@@ -199,24 +251,51 @@ class RequestTrack:
 
     def activations(self) -> FloatArray:
         """Every kept position's activations [N, F]; what was never seen is zero."""
+        self._file()
         return self._acts_NF[: min(self.end, self._limit)]
+
+    @property
+    def num_bytes(self) -> int:
+        """What a track that ended takes, near enough."""
+        values = self._acts_NF.nbytes + self._seen_NS.nbytes
+        return BYTES_PER_TRACK + values + self.steered.num_bytes
 
     def finish(self, scores: tuple[Score, ...], now: float) -> None:
         """No more tokens follow: keep the scores, give back spare memory."""
+        self._file()
         self.finished, self.scores, self.updated_at = True, scores, now
         self._acts_NF = self._acts_NF[: min(self.end, self._limit)].copy()
         self._beyond_NC = self._beyond_NC[:0].copy()
         self._seen_NS = self._seen_NS[: self.end].copy()
 
+    def _file(self) -> None:
+        """Put what was appended where everything is."""
+        if not self._unfiled:
+            return
+        positions = np.fromiter(self._unfiled, np.intp)
+        acts_nF = np.concatenate(list(self._unfiled.values())).reshape(len(positions), -1)
+        self._unfiled.clear()
+        first, stop = int(positions[0]), int(positions[-1]) + 1
+        self._make_room(stop)
+        self._note_pass(slice(0, self._seen_NS.shape[1]), first, stop)
+        self._seen_NS[positions] = True
+        gaps = np.flatnonzero(np.diff(positions) > 1) + 1
+        for start, end in pairwise((0, *gaps.tolist(), len(positions))):
+            self._keep(slice(0, acts_nF.shape[1]), acts_nF[start:end], int(positions[start]))
+
+    def _make_room(self, stop: int) -> None:
+        self._seen_NS = grown(self._seen_NS, stop)
+        self._acts_NF = grown(self._acts_NF, min(stop, self._limit))
+
     def _note_pass(self, sites: slice, position: int, stop: int) -> None:
-        for newest in reversed(self.passes):
+        for newest in reversed(self._passes):
             if newest.sites == sites:
                 if newest.stop > position:
                     break
                 newest.stop = stop
                 return
         if position < stop:
-            self.passes.append(Pass(sites, position, stop))
+            self._passes.append(Pass(sites, position, stop))
 
     def _mark_finite(self, block: Block, first: int, last: int, position: int) -> BoolArray:
         finite = np.ones(last - first, np.bool_)
@@ -241,6 +320,7 @@ class RequestTrack:
         self._beyond_NC[row:stop, places] = acts_nF[:, inside]
 
     def _seen_everywhere(self) -> BoolArray:
+        self._file()
         seen: BoolArray = np.zeros(self.end, np.bool_)
         known_NS = self._seen_NS[: self.end]
         seen[: len(known_NS)] = True

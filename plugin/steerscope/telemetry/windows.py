@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from steerscope.catalog.model import Baseline
 from steerscope.telemetry import drift
@@ -30,6 +31,14 @@ class WindowedDrift(NamedTuple):
     ks: float | None
 
 
+class _Inside(NamedTuple):
+    """The baselines of one phase of some columns: which, their columns there, their edges."""
+
+    which_k: npt.NDArray[np.intp]
+    columns_k: npt.NDArray[np.intp]
+    edges_Ek: FloatArray
+
+
 class DriftWindow:
     """The newest ``seconds`` of every feature that has a baseline."""
 
@@ -45,23 +54,22 @@ class DriftWindow:
         self._shares_KB = np.zeros((len(baselines), width + 1))
         for row, of in zip(self._shares_KB, baselines, strict=True):
             row[: len(of.shares)] = of.shares
+        self._known: dict[tuple[int, int, int], _Inside] = {}
+        """By phase and columns, as they come: the sites of a rank."""
         self._counts_PKB = np.zeros((NUM_PANES, len(baselines), width + 1), np.int64)
         self._pane = 0
 
     def add(self, phase: int, columns: slice, acts_nF: FloatArray, now: float) -> None:
         """Count finite activations of the columns, all of one phase (0 prompt, 1 generation)."""
-        inside = (self._column_K >= columns.start) & (self._column_K < columns.stop)
-        which_k = np.flatnonzero(inside & (self._phase_K == phase))
-        if not len(which_k) or not len(acts_nF):
+        inside = self._inside(phase, columns.start, columns.stop)
+        if not len(inside.which_k) or not len(acts_nF):
             return
         self._move_on(now)
-        values_nk = acts_nF[:, self._column_K[which_k] - columns.start]
-        bins_nk = (values_nk[:, :, None] >= self._edges_KE[which_k]).sum(axis=2)
-        width = self._counts_PKB.shape[2]
-        slots_nk = bins_nk + np.arange(len(which_k)) * width
-        added = np.bincount(slots_nk.ravel(), minlength=len(which_k) * width)
-        pane = self._counts_PKB[self._pane % NUM_PANES]
-        pane[which_k] += added.reshape(len(which_k), width)
+        values_nk = acts_nF[:, inside.columns_k]
+        above_Enk = values_nk >= inside.edges_Ek[:, None]
+        above_Ek = np.add.reduce(above_Enk.view(np.uint8), axis=1, dtype=np.int64)
+        added_kB = -np.diff(above_Ek, axis=0, prepend=len(values_nk), append=0).T
+        self._counts_PKB[self._pane % NUM_PANES, inside.which_k] += added_kB
 
     def measure(self, now: float) -> Iterable[WindowedDrift]:
         """Every baseline's drift, in the catalog's order."""
@@ -75,9 +83,27 @@ class DriftWindow:
             is_known = tokens >= MIN_TOKENS
             yield WindowedDrift(*of, tokens, psi if is_known else None, ks if is_known else None)
 
+    def _inside(self, phase: int, start: int, stop: int) -> _Inside:
+        if (known := self._known.get((phase, start, stop))) is not None:
+            return known
+        is_inside = (self._column_K >= start) & (self._column_K < stop)
+        which_k = np.flatnonzero(is_inside & (self._phase_K == phase))
+        edges_Ek = np.ascontiguousarray(_as_float32(self._edges_KE[which_k].T))
+        inside = _Inside(which_k, self._column_K[which_k] - start, edges_Ek)
+        self._known[phase, start, stop] = inside
+        return inside
+
     def _move_on(self, now: float) -> None:
         """Empty the panes that ``now`` has left behind."""
         newest = int(now / self._pane_seconds)
         for pane in range(self._pane + 1, min(newest, self._pane + NUM_PANES) + 1):
             self._counts_PKB[pane % NUM_PANES] = 0
         self._pane = max(newest, self._pane)
+
+
+def _as_float32(edges: npt.NDArray[np.float64]) -> FloatArray:
+    """Edges that the same float32 values reach: each the lowest one that is no lower."""
+    with np.errstate(over="ignore"):
+        nearest = edges.astype(np.float32)
+        above = np.nextafter(nearest, np.float32(np.inf))
+    return np.where(nearest.astype(np.float64) < edges, above, nearest)
