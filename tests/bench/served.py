@@ -4,7 +4,8 @@
 
 Real servers, plain ones and one observing 64 features, on one core; client, hub and watchers on
 the other. Streamed completions go to two of them in turn, one or eight at a time. Columns:
-``null`` (plain beside plain: what the others' figures are worth), ``observe``, ``report`` (each request asks for its report), ``watch`` (a client has WatchActivations, of all
+``null`` (plain beside plain: what the others' figures are worth), ``observe``, ``report`` (each
+request asks for its report), ``watch`` (a client has WatchActivations, of all
 requests and features, and WatchSignals open).
 """
 
