@@ -5,8 +5,8 @@
 Real servers, plain ones and one observing 64 features, on one core; client, hub and watchers on
 the other. Streamed completions go to two of them in turn, one or eight at a time. Columns:
 ``null`` (plain beside plain: what the others' figures are worth), ``observe``, ``report`` (each
-request asks for its report), ``watch`` (a client has WatchActivations, of all
-requests and features, and WatchSignals open).
+request asks for its report), ``watch`` (a client has WatchActivations, of all requests and
+features, and WatchSignals open).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SIGNAL = {
     "labels": [{"label": "low", "below": 0.5}, {"label": "high"}],
 }
 WATCHER = """
-import sys, threading
+import os, sys, threading
 from collections import Counter
 from steerscope.client import Client
 counts = Counter()
@@ -66,6 +66,7 @@ with Client(sys.argv[1]) as client:
     print("ready", flush=True)
     sys.stdin.read()
     print(*(counts[name] for name in watches), flush=True)
+    os._exit(0)  # threads still wait in both streams
 """
 
 

@@ -10,7 +10,6 @@ import pytest
 import wide_world
 from hub_world import ENGINE, eventually, frame, scrape, start
 from steerscope.catalog import store
-from steerscope.config import HubSettings
 from steerscope.hub import launcher
 from steerscope.telemetry.frames import RequestEnd, SiteActivations, encode
 from watch_world import activations_from, calls_to, requests_from
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.timeout(120)
 NUM_REQUESTS = 64
 STEPS_PER_SECOND = 200
 """More than 333 would fill the worker's queue while the hub is away."""
-MAX_WAIT_SECONDS = HubSettings().max_frame_wait_seconds
+MAX_WAIT_SECONDS = 2.0
 AWAY_SECONDS = MAX_WAIT_SECONDS + 1.0
 REASONS = ("dropped_frame", "unknown_request", "not_finite", "prefix_cache")
 
@@ -42,6 +41,12 @@ def num_unobserved(page):
 @pytest.fixture(scope="module")
 def wide_catalog(tmp_path_factory):
     return store.load(wide_world.write_catalog(tmp_path_factory.mktemp("shed") / "catalog"))
+
+
+@pytest.fixture
+def settings(settings):
+    hub = msgspec.structs.replace(settings.hub, max_frame_wait_seconds=MAX_WAIT_SECONDS)
+    return msgspec.structs.replace(settings, hub=hub)
 
 
 @pytest.fixture
