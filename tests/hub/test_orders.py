@@ -127,6 +127,24 @@ def test_an_order_for_a_request_that_has_not_arrived_waits_and_holds_from_its_fi
     assert run(body()).applied == {"r-1": 0}
 
 
+def test_a_request_that_is_sent_after_the_answer_meets_the_order_in_its_very_first_step(endpoint):
+    async def body():
+        core = Core(endpoint)
+        plane, tasks = await serving(endpoint)
+        await present(plane, 1)
+        for i in range(50):
+            await plane.steer(f"r{i}", "p", SPEC, ttl_seconds=5, num_running=0, wait_seconds=5)
+            core.requests[f"r{i}-1"] = Running(f"r{i}", 0)
+            core.step()
+        for task in tasks:
+            task.cancel()
+        plane.close()
+        return core
+
+    stamps = [request.stamp for request in run(body()).requests.values()]
+    assert [(s.changed_at, s.current) for s in stamps] == 50 * [(0, SPEC.interventions)]
+
+
 def test_an_order_expires_and_one_that_is_withdrawn_is_void(endpoint):
     async def body():
         core = Core(endpoint)

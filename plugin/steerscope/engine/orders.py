@@ -99,7 +99,7 @@ class EngineLink:
             _log.error("steerscope: the hub refused this engine: %s", message.reason)
             return
         self.arrived.append(message)
-        if isinstance(message, Standing):
+        if not isinstance(message, Withdraw):
             self._answers.append(Holding(message.order_id))
 
 

@@ -36,7 +36,7 @@ SILENT_AFTER_SECONDS = 10.0
 """An engine says that it is there every second; one that did not for so long is gone."""
 
 HOLD_SECONDS = 2.0
-"""How long ``hold`` waits."""
+"""How long to wait for engines to have an order."""
 
 MAX_TOLD = 1000
 """How many sequences that a standing order changed, or could not, are remembered."""
@@ -59,6 +59,8 @@ class Ordered:
     applied: dict[str, int] = field(default_factory=dict)
     """By sequence: the first position that is steered so."""
     declined: dict[str, str] = field(default_factory=dict)
+    holding: set[bytes] = field(default_factory=set)
+    """Engines that have it."""
 
     @property
     def is_waiting(self) -> bool:
@@ -134,6 +136,9 @@ class EnginePlane:
     ) -> Ordered:
         """Order it of every engine; wait for the answers of ``num_running`` sequences.
 
+        Where none runs, wait a little for the engines to have it: a request that is sent after
+        the answer then meets it.
+
         It replaces an order for the same request that still waits. ``over_bound``: whether it
         may beat a binding.
         """
@@ -152,11 +157,16 @@ class EnginePlane:
         self._orders[order.order_id] = ordered
         self._by_external_id[external_id] = order.order_id
         await self._tell_all(order)
+
+        def is_settled() -> bool:
+            if not num_running:
+                return ordered.holding.issuperset(self._engines)
+            return len(ordered.applied) + len(ordered.declined) >= num_running
+
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_seconds if num_running else 0), self._answered:
-                await self._answered.wait_for(
-                    lambda: len(ordered.applied) + len(ordered.declined) >= num_running
-                )
+            seconds = wait_seconds if num_running else min(wait_seconds, HOLD_SECONDS)
+            async with asyncio.timeout(seconds), self._answered:
+                await self._answered.wait_for(is_settled)
         return ordered
 
     async def hold(
@@ -213,7 +223,7 @@ class EnginePlane:
                 if self._held is not None and order_id == self._held.order.order_id:
                     self._note_held(self._held, identity, message)
                 elif (ordered := self._orders.get(order_id)) is not None:
-                    _note_ordered(ordered, message)
+                    _note_ordered(ordered, identity, message)
                 async with self._answered:
                     self._answered.notify_all()
 
@@ -277,8 +287,10 @@ class EnginePlane:
                     del self._by_external_id[ordered.order.external_id]
 
 
-def _note_ordered(ordered: Ordered, message: Applied | Declined | Holding) -> None:
+def _note_ordered(ordered: Ordered, identity: bytes, message: Applied | Declined | Holding) -> None:
     match message:
+        case Holding():
+            ordered.holding.add(identity)
         case Applied(_, request_id, position):
             ordered.applied[request_id] = position
         case Declined(_, request_id, reason):

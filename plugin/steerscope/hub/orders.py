@@ -16,7 +16,7 @@ import msgspec
 from steerscope.steering.interventions import Intervention
 from steerscope.steering.rules import OverrideMode
 
-ORDERS_VERSION = 2
+ORDERS_VERSION = 3
 
 
 def engines_address(endpoint: str) -> str:
@@ -52,7 +52,7 @@ class Declined(msgspec.Struct, frozen=True, tag=True):
 
 
 class Holding(msgspec.Struct, frozen=True, tag=True):
-    """A standing order is here, and holds before the next step is scheduled."""
+    """An order is here, and known before the next step is scheduled."""
 
     order_id: int
 
