@@ -48,7 +48,9 @@ def _engines(columns: Found) -> Iterable[str]:
             for name, found in columns.items()
         }
         yield from (*_table([title for title, _ in decode], rows), "")
-    yield from ("First token after 1,024 tokens, all new and 960 of them cached; memory:", "")
+    cached = next(iter(columns.values()))["prefix"]["cached_tokens"]["plain"][-1]
+    yield f"First token after 1,024 tokens, all new and {cached} of them cached; memory:"
+    yield ""
     titles = ["p50", "p99", "cached: p50", "p99", "engine, more than plain", "hub"]
     yield from _table(titles, {name: _rest(found) for name, found in columns.items()})
 
