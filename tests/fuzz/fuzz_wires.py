@@ -218,7 +218,7 @@ def engines(data: bytes) -> bool:
 def orders(data: bytes) -> bool:
     """From the hub to an engine core: what the scheduler's half makes of it."""
     link = EngineLink.__new__(EngineLink)  # without the thread that owns a socket
-    link.arrived = deque(maxlen=100)
+    link.arrived, link._answers = deque(maxlen=100), deque(maxlen=100)
     for payload in messages(data):
         link._receive(payload)
     taken, answers = bool(link.arrived), []

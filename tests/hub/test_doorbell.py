@@ -54,7 +54,8 @@ def test_a_message_for_a_socket_wakes_too():
     ):
         here.bind("inproc://here")
         far.connect("inproc://here")
-        bell = Doorbell(here)
+        bell = Doorbell()
+        bell.watch(here)
         far.send(b"news")
         bell.wait(20.0)
         assert here.recv(zmq.DONTWAIT) == b"news"

@@ -64,8 +64,7 @@ class EngineLink:
         self._present = Present(ORDERS_VERSION, catalog_digest, engine, os.getpid())
         self.arrived: deque[Order | Withdraw | Standing] = deque(maxlen=MAX_WAITING_ORDERS)
         self._answers: deque[FromEngine] = deque(maxlen=MAX_ANSWERS)
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._bell = Doorbell(self._socket)
+        self._bell = Doorbell()
         threading.Thread(target=self._run, name="steerscope-orders", daemon=True).start()
 
     def answer(self, message: Applied | Declined) -> None:
@@ -74,7 +73,8 @@ class EngineLink:
         self._bell.ring()
 
     def _run(self) -> None:
-        socket = self._socket
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._bell.watch(socket)
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(engines_address(self._endpoint))
         next_present = 0.0

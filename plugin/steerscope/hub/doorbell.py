@@ -15,21 +15,20 @@ import zmq
 
 
 class Doorbell:
-    """A pipe that a poller can watch.
+    """A pipe that a poller can watch."""
 
-    Args:
-        sockets: what wakes the thread besides.
-    """
-
-    def __init__(self, *sockets: zmq.Socket[bytes]) -> None:
+    def __init__(self) -> None:
         self._inside, self._outside = os.pipe()
         for end in (self._inside, self._outside):
             os.set_blocking(end, False)
             weakref.finalize(self, os.close, end).atexit = False  # the thread may be waiting then
         self._is_rung = False
         self._poller = zmq.Poller()
-        for each in (self._inside, *sockets):
-            self._poller.register(each, zmq.POLLIN)
+        self._poller.register(self._inside, zmq.POLLIN)
+
+    def watch(self, socket: zmq.Socket[bytes]) -> None:
+        """What comes for the socket wakes the thread too; for the thread itself to call."""
+        self._poller.register(socket, zmq.POLLIN)
 
     def ring(self) -> None:
         """Wake the thread, if nobody has yet. What it shall find is in its queue already."""

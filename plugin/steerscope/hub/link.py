@@ -75,9 +75,7 @@ class FrontendLink:
         self._lost_hub = False
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[bytes | None]]] = {}
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._bell = Doorbell(self._socket, self._partings)
+        self._bell = Doorbell()
         self._answered = threading.Event()
         self._closing = threading.Event()
         self._refusal: str | None = None
@@ -142,8 +140,11 @@ class FrontendLink:
         self._bell.ring()
 
     def _run(self) -> None:
-        socket, partings = self._socket, self._partings
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 500)
+        partings: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._bell.watch(socket)
+        self._bell.watch(partings)
         socket.connect(control_address(self._endpoint))
         next_hello = 0.0
         while not self._closing.is_set():
