@@ -53,9 +53,9 @@ class StepRows:
         self.in_loops = device.type == "cpu" if in_loops is None else in_loops
         self.host_T = self.steered_E = self._last_E = NO_TOKENS
         self.rows_T = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        self._staged_T = torch.zeros(
-            max_num_tokens, dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
+        on_gpu = device.type == "cuda"
+        self._staged_T = torch.zeros(max_num_tokens, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.scratch = torch.empty(0, device=device)
 
     def reserve(self, shape: tuple[int, ...]) -> None:
@@ -69,9 +69,13 @@ class StepRows:
             self.host_T, self._last_E = rows_np, np.flatnonzero(rows_np)
         self.steered_E = self._last_E
         if self.steered_E.size and not self.in_loops:
+            if self._copied is not None:  # what the device has not fetched yet must stay
+                self._copied.synchronize()
             staged_T = self._staged_T[: rows_np.size]
             staged_T.copy_(torch.from_numpy(rows_np))
             self.rows_T[: rows_np.size].copy_(staged_T, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
 
     def clear(self) -> None:
         """Back to neutral, so that profiling and dummy runs edit nothing."""
