@@ -25,8 +25,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-SEEN, EDITED = 2, 3
-"""States of a KV slot that holds what a step read there; see ``slots``."""
+UNKNOWN, FOREIGN, SEEN, EDITED = range(4)
+"""States of a KV slot; the last two hold what a step read there. See ``slots``."""
 
 _TINY, _LARGEST = np.finfo(np.float32).tiny, np.finfo(np.float32).max
 

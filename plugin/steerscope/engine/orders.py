@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from steerscope.hub.doorbell import Doorbell
+from steerscope.hub.doorbell import Doorbell, has_message
 from steerscope.hub.orders import (
     ORDERS_VERSION,
     Applied,
@@ -85,7 +85,7 @@ class EngineLink:
             while self._answers:
                 _send(socket, self._answers.popleft())
             self._bell.wait(next_present - time.monotonic())
-            while int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            while has_message(socket):
                 self._receive(socket.recv())
 
     def _receive(self, payload: bytes) -> None:

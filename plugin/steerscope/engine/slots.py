@@ -17,12 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from steerscope.engine import loops
+from steerscope.engine.loops import EDITED, FOREIGN, SEEN, UNKNOWN
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-
-_UNKNOWN, _FOREIGN, _SEEN, _EDITED = range(4)
-assert (_SEEN, _EDITED) == (loops.SEEN, loops.EDITED)
 
 
 class SiteValues(NamedTuple):
@@ -87,7 +85,7 @@ class SlotCache:
 
     def num_foreign(self, slots: IntArray) -> int:
         """How many of the slots hold KV that came from elsewhere."""
-        return int((self._state[slots[slots < self.num_slots]] == _FOREIGN).sum())
+        return int((self._state[slots[slots < self.num_slots]] == FOREIGN).sum())
 
     def read(self, slots: IntArray) -> tuple[npt.NDArray[np.bool_], Values]:
         """Which slots are known [T], and their values (undefined at the others)."""
@@ -95,22 +93,22 @@ class SlotCache:
             return np.zeros(len(slots), np.bool_), NO_VALUES
         inside = slots < self.num_slots
         at = np.where(inside, slots, 0)
-        state = np.where(inside, self._state[at], _UNKNOWN)
-        edited = np.flatnonzero(state == _EDITED)
+        state = np.where(inside, self._state[at], UNKNOWN)
+        edited = np.flatnonzero(state == EDITED)
         sites = [
             SiteValues(acts[at], deltas[at[edited]], doses[at[edited]])
             for acts, deltas, doses in zip(self._acts, self._deltas, self._doses, strict=True)
         ]
-        return state >= _SEEN, Values(edited, sites)
+        return state >= SEEN, Values(edited, sites)
 
     def forget_blocks(self, block_ids: Iterable[int], block_size: int) -> None:
         """These blocks were filled by something else than a step of ours."""
         for block in block_ids:
-            self._state[block * block_size : (block + 1) * block_size] = _UNKNOWN
+            self._state[block * block_size : (block + 1) * block_size] = UNKNOWN
 
     def mark_foreign(self, slots: IntArray) -> None:
         """The KV of these slots came from elsewhere: whatever was read of them is void."""
-        self._state[slots[slots < self.num_slots]] = _FOREIGN
+        self._state[slots[slots < self.num_slots]] = FOREIGN
 
 
 def bytes_per_slot(widths: tuple[int, ...]) -> int:

@@ -43,3 +43,8 @@ class Doorbell:
             # In this order: who rings between the two has left what the thread looks at next.
             os.read(self._inside, 4096)
             self._is_rung = False
+
+
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Whether ``recv`` would return at once."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

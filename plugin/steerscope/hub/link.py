@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from steerscope.errors import HubError
-from steerscope.hub.doorbell import Doorbell
+from steerscope.hub.doorbell import Doorbell, has_message
 from steerscope.hub.protocol import (
     PROTOCOL_VERSION,
     Ack,
@@ -154,10 +154,10 @@ class FrontendLink:
             while self._waiting:
                 self._tell(socket, self._waiting.popleft())
             self._bell.wait(next_hello - time.monotonic())
-            while _has_message(partings):
+            while has_message(partings):
                 partings.recv_multipart()
                 self._lost_hub = True
-            while _has_message(socket):
+            while has_message(socket):
                 self._receive(socket)
         _send(socket, Goodbye())
         socket.disable_monitor()
@@ -204,10 +204,6 @@ class FrontendLink:
 def _settle(answer: asyncio.Future[bytes | None], body: bytes | None) -> None:
     if not answer.done():
         answer.set_result(body)
-
-
-def _has_message(socket: zmq.Socket[bytes]) -> bool:
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _send(socket: zmq.Socket[bytes], message: FromFrontend) -> None:
