@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 
 NUM_STREAMS = 4
 NUM_WATCHING = 5
@@ -159,6 +161,22 @@ def generated_tokens(base_url: str) -> float:
     return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
 
 
+def processor_seconds(names: dict[int, str]) -> Counter[str]:
+    """What each process below this one has used so far, by what it is."""
+    used: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            used[names.get(process.pid) or _role(process.cmdline())] += times.user + times.system
+    return used
+
+
+def _role(cmdline: list[str]) -> str:
+    words = " ".join(cmdline)
+    roles = {"steerscope.hub": "hub", "EngineCore": "engine", "serve": "front end"}
+    return next((role for word, role in roles.items() if word in words), "other")
+
+
 def ratio_interval(with_clients: list[float], without: list[float]) -> tuple[float, float, float]:
     """Geometric mean of neighbouring windows' ratios, 95% interval (normal, over the pairs)."""
     logs = [math.log(a / b) for a, b in zip(with_clients, without, strict=True)]
@@ -192,15 +210,19 @@ def main() -> int:
             process.start()
         time.sleep(10)  # warm
         rates: dict[bool, list[float]] = {True: [], False: []}
+        used = {True: Counter[str](), False: Counter[str]()}
+        names = {p.pid: n for p, n in zip(processes, ("load", "clients"), strict=True) if p.pid}
         order = random.Random(0)
         for _ in range(arguments.windows):
             for is_on in order.sample((True, False), 2):
                 (active.set if is_on else active.clear)()
                 time.sleep(PAUSE_SECONDS)
+                used_before = processor_seconds(names)
                 before, began = generated_tokens(running.base_url), time.perf_counter()
                 time.sleep(arguments.seconds)
                 count = generated_tokens(running.base_url) - before
                 rates[is_on].append(count / (time.perf_counter() - began))
+                used[is_on] += processor_seconds(names) - used_before
         stop.set()
         active.set()
         latencies, errors = out.get(timeout=120)
@@ -226,6 +248,13 @@ def main() -> int:
                 "tokens_per_second": {
                     "without": round(statistics.mean(rates[False]), 1),
                     "with": round(statistics.mean(rates[True]), 1),
+                },
+                "cores_used": {
+                    word: {
+                        name: round(seconds / (arguments.windows * arguments.seconds), 3)
+                        for name, seconds in sorted(used[is_on].items())
+                    }
+                    for word, is_on in (("without", False), ("with", True))
                 },
                 "throughput_ratio": [round(each, 4) for each in (mean, low, high)],
             },

@@ -222,7 +222,7 @@ class Traffic:
             engine="0",
             rank=0,
             monotonic_ns=time.monotonic_ns(),
-            overhead_ns=50_000,
+            overhead_ns=(50_000,),
             started=tuple(self._started),
             finished=tuple(self._finished),
             changed=(),

@@ -198,15 +198,15 @@ def _serve(
             (name, 1, len(prompt)),
             acts=prompt,
             started=(told,),
-            overhead_ns=cost,
+            overhead_ns=(cost,),
         )
     )
     worker.send(
         hub_world.frame(
-            catalog, (name, NUM_TOKENS, NUM_TOKENS), acts=answer, edited=edited, overhead_ns=cost
+            catalog, (name, NUM_TOKENS, NUM_TOKENS), acts=answer, edited=edited, overhead_ns=(cost,)
         )
     )
-    ended = hub_world.frame(catalog, overhead_ns=cost // 2)
+    ended = hub_world.frame(catalog, overhead_ns=(cost // 2,))
     worker.send(msgspec.structs.replace(ended, finished=(RequestEnd(name, 2 * NUM_TOKENS),)))
 
 

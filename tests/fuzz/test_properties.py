@@ -175,7 +175,7 @@ def test_a_frame_is_the_same_after_the_wire_and_a_cut_one_is_refused(num_tokens,
     site = frames.SiteActivations("s", width, np.array(acts, np.float32).tobytes())
     made = frames.Frame(
         version=frames.FRAME_VERSION, catalog_digest="d", model_name="m", engine="0", rank=0,
-        step=0, monotonic_ns=1, overhead_ns=0, dropped=0, dropped_tokens=0, started=(),
+        step=0, monotonic_ns=1, overhead_ns=(0,), dropped=0, dropped_tokens=0, started=(),
         finished=(), changed=(), request_ids=("r",), query_start_loc=(0, num_tokens),
         positions=(0,), sites=(site,),
     )  # fmt: skip

@@ -162,7 +162,7 @@ def frame(
         rank=0,
         step=0,
         monotonic_ns=time.monotonic_ns(),
-        overhead_ns=50_000,
+        overhead_ns=(50_000,),
         dropped=0,
         dropped_tokens=0,
         started=started,

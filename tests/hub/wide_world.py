@@ -168,7 +168,7 @@ def _empty(catalog: Catalog, engine: str) -> Frame:
         rank=0,
         step=0,
         monotonic_ns=time.monotonic_ns(),
-        overhead_ns=50_000,
+        overhead_ns=(50_000,),
         dropped=0,
         dropped_tokens=0,
         started=(),

@@ -7,8 +7,8 @@ from steerscope.catalog import store
 from steerscope.engine import canary as canaries
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import RequestInfo, StepLayout
-from steerscope.engine.readout import _Step
 from steerscope.engine.roster import Arrival, MoreBlocks, Roster
+from steerscope.engine.runs import ReadStep
 from steerscope.engine.scheduling import SchedulerSide
 from steerscope.engine.slots import SiteValues, SlotCache, Values, bytes_per_slot
 from steerscope.engine.taps import SiteTap, StepRows
@@ -119,14 +119,13 @@ def test_rejected_drafts_are_left_out_of_a_step():
     acts = np.arange(10, dtype=np.float32).reshape(10, 1)
     steered = np.array([1, 3, 6])
     values = Values(steered, [SiteValues(acts, 10 * acts[steered], np.ones(3, np.float32))])
-    step = _Step(layout(("a", 4, 4), ("b", 0, 3), ("c", 9, 3)), np.arange(10), values)
+    step = ReadStep(layout(("a", 4, 4), ("b", 0, 3), ("c", 9, 3)), values, 0)
     kept = step.accepted({"a": 6, "b": 3, "c": 9})
     assert kept.layout.query_start_loc.tolist() == [0, 2, 5, 5]
     (site,) = kept.values.sites
     assert site.acts.ravel().tolist() == [0, 1, 4, 5, 6]
     assert kept.values.steered.tolist() == [1, 4]
     assert site.deltas.ravel().tolist() == [10, 60]
-    assert kept.slots_T.tolist() == [0, 1, 4, 5, 6]
     assert step.accepted({"a": 8, "b": 3}) is step
 
 

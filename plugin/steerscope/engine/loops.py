@@ -129,6 +129,31 @@ def _land(
                 deltas_TF[t, f] *= share
 
 
+def _lay(
+    request_S: IntArray,
+    start_S: IntArray,
+    end_S: IntArray,
+    row_S: IntArray,
+    query_start_loc: IntArray,
+    first_positions: IntArray,
+    rows_T: IntArray,
+    until_R: IntArray,
+) -> None:
+    """Write the spans' rows over the step's tokens, a later span of a request over an earlier one.
+
+    ``until_R`` becomes the least of itself and the first position where a row may be another.
+    """
+    for s in range(len(request_S)):
+        r = request_S[s]
+        at, stop = first_positions[r], query_start_loc[r + 1]
+        offset = query_start_loc[r] - at
+        for t in range(max(start_S[s] + offset, query_start_loc[r]), min(end_S[s] + offset, stop)):
+            rows_T[t] = row_S[s]
+        for edge in (start_S[s], end_S[s]):
+            if at < edge < until_R[r]:
+                until_R[r] = edge
+
+
 def _locate(
     rows_R: IntArray,
     query_start_loc: IntArray,
@@ -191,6 +216,7 @@ class Loops(NamedTuple):
     read: Callable[..., None]
     edit: Callable[..., None]
     land: Callable[..., None]
+    lay: Callable[..., None]
     locate: Callable[..., None]
     keep: Callable[..., None]
     keep_edits: Callable[..., None]
@@ -215,7 +241,7 @@ def _compile() -> Loops:
     # Sums may be taken in any order, which is what lets them run in parallel lanes;
     # not-a-number and infinity keep their meaning.
     jit = njit(fastmath={"reassoc", "contract"}, error_model="numpy", nogil=True)
-    functions = (_read, _edit, _land, _locate, _keep, _keep_edits, _are_within)
+    functions = (_read, _edit, _land, _lay, _locate, _keep, _keep_edits, _are_within)
     loops = Loops(*map(jit, functions))
     _call_each(loops)
     return loops
@@ -229,6 +255,7 @@ def _call_each(loops: Loops) -> None:
     loops.read(table, table, table, dose, dose, table, table)
     loops.edit(row, row, index, row, parameters, index, table, table, dose)
     loops.land(row, row, index, row, dose, table, mine, table, table, dose, table, row)
+    loops.lay(row, row, row, row, starts, row, row, row)
     loops.locate(row, starts, row, index.astype(np.int32), 1, row)
     loops.keep(row, table, table, state)
     loops.keep_edits(row, table, dose, table, dose, state)

@@ -135,11 +135,11 @@ class BatchPlan:
             return self._neutral_T
         if self._decode is not None and self._decode.still_holds(layout):
             return self._decode.rows_R
-        rows_T = np.zeros(num_tokens, np.int64)
-        _lay(rows_T, layout, self._spans)
-        if len(rows_T) == len(layout.req_ids):
-            until_R = _until(layout.first_positions, self._spans)
-            self._decode = _Decode(rows_T, layout.first_positions, until_R)
+        rows_T, until_R = np.zeros(num_tokens, np.int64), np.full(len(layout.req_ids), ENDLESS)
+        starts, first_positions = layout.query_start_loc, layout.first_positions
+        loops.compiled().lay(*self._spans, starts, first_positions, rows_T, until_R)
+        if num_tokens == len(layout.req_ids):
+            self._decode = _Decode(rows_T, first_positions, until_R)
         return rows_T
 
     def forget(self, req_ids: Sequence[str]) -> None:
@@ -172,7 +172,7 @@ class BatchPlan:
     def _spans_of(self, order: tuple[str, ...]) -> _Spans:
         steered = self._steered
         spans = [(r, *s) for r, i in enumerate(order) if i in steered for s in steered[i].spans]
-        return _Spans(*np.array(spans, np.int64).T) if spans else NO_SPANS
+        return _Spans(*np.array(spans, np.int64).T.copy()) if spans else NO_SPANS
 
     def _leave(self, req_id: str) -> None:
         member = self._steered.pop(req_id, None)
@@ -196,26 +196,3 @@ class BatchPlan:
             for s in stamp.segments
         )
         self._steered[req_id] = _Member(frozenset(rows), spans)
-
-
-def _until(at_R: IntArray, spans: _Spans) -> IntArray:
-    """The first position after ``at_R`` where a request's row may be another, int64 [R]."""
-    until_R = np.full(len(at_R), ENDLESS)
-    for edge_S in (spans.start_S, spans.end_S):
-        ahead_S = np.where(edge_S > at_R[spans.request_S], edge_S, ENDLESS)
-        np.minimum.at(until_R, spans.request_S, ahead_S)
-    return until_R
-
-
-def _lay(rows_T: IntArray, layout: StepLayout, spans: _Spans) -> None:
-    """Write the spans' rows over the step's tokens; a later span of a request wins."""
-    request_S, start_S, end_S, row_S = spans
-    token_S, stop_S = layout.query_start_loc[request_S], layout.query_start_loc[request_S + 1]
-    # From positions of the request to tokens of the step.
-    offset_S = token_S - layout.first_positions[request_S]
-    low_S = np.minimum(np.maximum(start_S + offset_S, token_S), stop_S)
-    high_S = np.minimum(np.maximum(end_S + offset_S, low_S), stop_S)
-    length_S = high_S - low_S
-    end_of_S = np.cumsum(length_S)
-    tokens = np.arange(end_of_S[-1]) + np.repeat(low_S - end_of_S + length_S, length_S)
-    rows_T[tokens] = np.repeat(row_S, length_S)

@@ -1,8 +1,9 @@
-"""From device buffers to frames on the wire, once per step, never blocking the step.
+"""From device buffers to frames on the wire, never blocking the step.
 
-A frame that cannot be sent at once is dropped and counted; the count travels in
-every later frame, so that the hub knows what it did not see. Under speculative
-decoding a step is held until the scheduler says which of its tokens were accepted.
+Steps that follow each other within ``TELL_EVERY_NS`` are told together: as one frame while the
+same requests decode, and in one message in any case. A frame that cannot be sent is dropped and
+counted; the count travels in every later frame, so that the hub knows what it did not see. Under
+speculative decoding a step is held until the scheduler says which of its tokens were accepted.
 
 Frames that wait for a hub that is gone are for the next one, which is told anew of the requests
 that run, from the first step on that ends without the hub.
@@ -23,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from steerscope.engine.plan import EMPTY_LAYOUT, IntArray, StepLayout
+from steerscope.engine.plan import EMPTY_LAYOUT, IntArray, RequestInfo, StepLayout
 from steerscope.engine.readback import Readback
 from steerscope.engine.roster import Roster
+from steerscope.engine.runs import DecodeRun, ReadStep
 from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import canonical_json, steering_digest
-from steerscope.steering.rules import SteeringSource
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
@@ -43,8 +44,19 @@ from steerscope.telemetry.frames import (
     encode,
 )
 
-SEND_QUEUE_FRAMES = 1000
-"""Frames that may wait for the hub before new ones are dropped."""
+SEND_QUEUE_MESSAGES = 1000
+"""Messages that may wait for the hub before new frames are dropped."""
+
+MAX_MESSAGE_BYTES = 1 << 16
+"""A message with more in it waits for no other frame."""
+
+TELL_EVERY_NS = 100_000_000
+"""How long tokens may wait for more to be told with them. Where steps take longer none wait."""
+
+NEWS_WITHIN_NS = 10_000_000
+"""The same where requests came or ended: somebody may ask for a report."""
+
+NO_SLOTS: IntArray = np.zeros(0, np.int64)
 
 _log = logging.getLogger(__name__)
 
@@ -53,14 +65,18 @@ class FrameSender:
     """PUSH socket to the hub's fan-in. Nothing here blocks, and ``send`` never raises.
 
     What waits in the socket while there is no hub goes to the next one, in order. A thread that
-    otherwise sleeps notices that a hub went away.
+    otherwise sleeps notices that a hub went away. Sending wakes ZeroMQ's thread, which costs the
+    step more than all else, so frames that follow each other go in one message.
     """
 
     def __init__(self, endpoint: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_FRAMES)
+        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._has_lost_hub = False
+        self._queue: list[bytes] = []
+        self._num_queued_bytes = 0
+        self._sent_ns = 0
         partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         threading.Thread(
             target=self._watch, args=(partings,), name="steerscope-partings", daemon=True
@@ -74,12 +90,26 @@ class FrameSender:
             self._has_lost_hub = False
         return is_lost
 
-    def send(self, payload: bytes) -> bool:
-        """Whether the frame was taken."""
+    @property
+    def is_waiting(self) -> bool:
+        """Whether frames wait for more to be sent with them."""
+        return bool(self._queue)
+
+    def send(self, payload: bytes, wait_ns: int) -> bool:
+        """Whether the frame was taken. Messages may be as far apart as ``wait_ns``."""
+        now_ns = time.monotonic_ns()
+        self._queue.append(payload)
+        self._num_queued_bytes += len(payload)
+        is_due = now_ns - self._sent_ns >= wait_ns
+        if not is_due and self._num_queued_bytes < MAX_MESSAGE_BYTES:
+            return True
         try:
-            self._socket.send(payload, zmq.DONTWAIT, copy=False)
+            self._socket.send_multipart(self._queue, zmq.DONTWAIT, copy=False)
         except zmq.ZMQError:
+            self._queue.pop()
+            self._num_queued_bytes -= len(payload)
             return False
+        self._queue, self._num_queued_bytes, self._sent_ns = [], 0, now_ns
         return True
 
     def _watch(self, partings: zmq.Socket[bytes]) -> None:
@@ -105,8 +135,8 @@ class _Told:
     started: dict[str, RequestStart] = field(default_factory=dict)
     resumed: dict[str, RequestStart] = field(default_factory=dict)
     """Of those that ended, which the hub does not know: an earlier one did."""
-    leaving: dict[str, RequestStart] = field(default_factory=dict)
-    """The same of those that it does know, for the case that it is gone."""
+    leaving: dict[str, tuple[RequestInfo, int]] = field(default_factory=dict)
+    """Of those that it does know, and their ends, for the case that it is gone."""
     ended: list[RequestEnd] = field(default_factory=list)
     changed: list[SteeringChange] = field(default_factory=list)
 
@@ -116,35 +146,6 @@ class _Told:
         self.leaving.clear()
         self.ended.clear()
         self.changed.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step as it was computed, before anything is told of it."""
-
-    layout: StepLayout
-    slots_T: IntArray | None
-    values: Values
-
-    def detached(self) -> _Step:
-        """The step with values of its own: the buffers will be written again."""
-        return _Step(self.layout, self.slots_T, self.values.take())
-
-    def accepted(self, ends: Mapping[str, int]) -> _Step:
-        """The step without the drafts that were rejected; ``ends`` as in ``StepNote``."""
-        layout = self.layout
-        lengths = np.diff(layout.query_start_loc)
-        ends_R = np.array([ends.get(r, np.iinfo(np.int64).max) for r in layout.req_ids])
-        kept_R = np.clip(ends_R - layout.first_positions, 0, lengths)
-        if (kept_R == lengths).all():
-            return self
-        offsets_T = np.arange(lengths.sum()) - np.repeat(layout.query_start_loc[:-1], lengths)
-        kept_T = offsets_T < np.repeat(kept_R, lengths)
-        return _Step(
-            layout._replace(query_start_loc=np.concatenate([[0], np.cumsum(kept_R)])),
-            None if self.slots_T is None else self.slots_T[kept_T],
-            self.values.take(kept_T),
-        )
 
 
 class Readout:
@@ -175,7 +176,12 @@ class Readout:
         self._dropped_tokens = 0
         self._told_tokens = 0
         self._overhead_ns = 0
-        self._held: _Step | None = None
+        self._overheads_ns: list[int] = []
+        """Of the steps since the last frame."""
+        self._held: ReadStep | None = None
+        self._run = DecodeRun()
+        self._told_ns = 0
+        """When a frame was last made."""
 
     def keep(self, kept: SlotCache | None, block_size: int) -> None:
         """From now on keep activations by KV slot."""
@@ -196,10 +202,12 @@ class Readout:
             self._untold.started.pop(req_id, None)
             if req_id in self._known:
                 self._known.remove(req_id)
-                self._untold.leaving[req_id] = self._resumption(req_id, end)
+                self._untold.leaving[req_id] = self._roster.info(req_id), end
             elif req_id in self._known_earlier:
                 self._known_earlier.remove(req_id)
-                self._untold.resumed[req_id] = self._resumption(req_id, end)
+                self._untold.resumed[req_id] = self._resumption(
+                    req_id, self._roster.info(req_id), end
+                )
             else:
                 continue
             self._untold.ended.append(RequestEnd(req_id, end))
@@ -220,15 +228,12 @@ class Readout:
             )
 
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
-        """Keep the step's values and tell the hub: at once, or on a GPU in ``release``.
-
-        Never raises.
-        """
+        """Take the step's values: at once, or on a GPU in ``release``. Never raises."""
         step = self._read(layout, steered_E)
         if self._readback.is_deferred:
             self._held = step
         elif step is not None:
-            self._tell(step)
+            self._take(step)
 
     def hold(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Like ``emit``, once ``release`` says what was accepted."""
@@ -237,7 +242,7 @@ class Readout:
         self._held = step if is_copy or step is None else step.detached()
 
     def release(self, ends: Mapping[str, int]) -> None:
-        """Tell the hub of the step that was held, if there is one.
+        """Take the step that was held, if there is one.
 
         ``ends``: of drafts, what was accepted; see ``StepNote``.
         """
@@ -245,57 +250,92 @@ class Readout:
         if step is None:
             return
         self._readback.wait()
-        self._tell(step.accepted(ends) if ends else step)
+        self._take(step.accepted(ends) if ends else step)
+
+    def settle(self) -> None:
+        """Tell of the steps that wait: what is known of their requests is about to change."""
+        for step in self._run.take():
+            self._tell(step)
 
     def flush(self) -> None:
         """Tell the hub what there is to tell when no token was computed."""
-        self._tell(_Step(EMPTY_LAYOUT, None, NO_VALUES))
+        self.settle()
+        self._account()
+        self._tell(ReadStep(EMPTY_LAYOUT, NO_VALUES, time.monotonic_ns()))
 
     @property
     def has_news(self) -> bool:
-        """Whether there is something to tell besides tokens."""
-        return bool(self._untold.ended or self._untold.changed)
+        """Whether there is something to tell besides tokens of this step."""
+        waits = len(self._run) or self._sender.is_waiting
+        return bool(self._untold.ended or self._untold.changed or waits)
 
-    def _read(self, layout: StepLayout, steered_E: IntArray) -> _Step | None:
+    def _read(self, layout: StepLayout, steered_E: IntArray) -> ReadStep | None:
         num_tokens = int(layout.query_start_loc[-1])
         try:
-            slots_T = self._roster.slots(layout, self._block_size) if self._kept else None
             self._readback.start(num_tokens, bool(steered_E.size))
             values = self._values(num_tokens, steered_E)
         except Exception:
             self._fail(num_tokens)
             return None
-        return _Step(layout, slots_T, values)
+        return ReadStep(layout, values, time.monotonic_ns())
 
-    def _tell(self, step: _Step) -> None:
-        num_tokens = int(step.layout.query_start_loc[-1])
+    def _take(self, step: ReadStep) -> None:
+        """Tell of the step, or put it aside if more like it are to be expected soon."""
+        self._account()
+        if self._run and not self._run.goes_on_with(step):
+            self.settle()
+        is_due = step.read_ns - self._told_ns >= self._wait_ns(step.layout)
+        if not self._run and (is_due or not step.is_decode):
+            self._tell(step)
+            return
+        self._run.append(step)
+        if is_due:
+            self.settle()
+
+    def _wait_ns(self, layout: StepLayout) -> int:
+        """How long what there is to tell may wait for more."""
+        if not layout.req_ids:
+            return 0  # nobody computes: it may be long until there is more
+        untold = self._untold
+        is_news = untold.started or untold.ended or untold.changed
+        return NEWS_WITHIN_NS if is_news else TELL_EVERY_NS
+
+    def _account(self) -> None:
+        """A step is over."""
+        self._overheads_ns.append(self._overhead_ns)
+        self._overhead_ns = 0
+
+    def _tell(self, step: ReadStep) -> None:
+        self._told_ns = time.monotonic_ns()
+        layout = step.layout
         try:
-            if self._kept and step.slots_T is not None:
-                self._kept.write(step.slots_T, step.values)
+            if self._kept and layout.req_ids:
+                self._kept.write(self._roster.slots(layout, self._block_size), step.values)
             if self._sender.has_lost_hub():
                 self._begin_anew()
-            self._start(step.layout)
-            sent = self._sender.send(encode(self._frame(step)))
+            self._start(layout)
+            sent = self._sender.send(encode(self._frame(step)), self._wait_ns(layout))
         except Exception:
-            self._fail(num_tokens)
+            self._fail(step.num_tokens)
             return
-        self._overhead_ns = 0
+        self._overheads_ns.clear()
         self._step += 1
         if sent:
-            self._all_known = step.layout.req_ids
+            self._all_known = layout.req_ids
             self._known.update(self._untold.started)
             self._known_earlier.difference_update(self._untold.started)
             self._untold.clear()
-            self._told_tokens += num_tokens
+            self._told_tokens += step.num_tokens
         else:  # what is to be known of requests is told again with the next frame
-            self._lose(num_tokens)
+            self._lose(step.num_tokens)
 
     def _begin_anew(self) -> None:
         """The hub is gone, and whatever it knew with it."""
         self._known_earlier |= self._known
         self._known.clear()
         self._all_known = ()
-        self._untold.resumed.update(self._untold.leaving)
+        for req_id, (info, end) in self._untold.leaving.items():
+            self._untold.resumed[req_id] = self._resumption(req_id, info, end)
         self._untold.leaving.clear()
 
     def _fail(self, num_tokens: int) -> None:
@@ -309,7 +349,7 @@ class Readout:
         self._dropped += 1
         self._dropped_tokens += num_tokens
 
-    def _frame(self, step: _Step) -> Frame:
+    def _frame(self, step: ReadStep) -> Frame:
         return Frame(
             version=FRAME_VERSION,
             catalog_digest=self._source.catalog_digest,
@@ -317,8 +357,8 @@ class Readout:
             engine=self._source.engine,
             rank=self._source.rank,
             step=self._step,
-            monotonic_ns=time.monotonic_ns(),
-            overhead_ns=self._overhead_ns,
+            monotonic_ns=step.read_ns,
+            overhead_ns=tuple(self._overheads_ns),
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
             started=(*self._untold.resumed.values(), *self._untold.started.values()),
@@ -338,34 +378,37 @@ class Readout:
         for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
             if req_id in self._known or req_id in self._untold.started:
                 continue
-            is_new = req_id not in self._known_earlier
-            made = self._request_start if is_new else self._resumption
-            self._untold.started[req_id] = made(req_id, position)
+            info = self._roster.info(req_id)
+            self._untold.started[req_id] = (
+                self._resumption(req_id, info, position)
+                if req_id in self._known_earlier
+                else self._request_start(req_id, info, position)
+            )
 
-    def _resumption(self, req_id: str, position: int) -> RequestStart:
+    def _resumption(self, req_id: str, info: RequestInfo, position: int) -> RequestStart:
         """For a hub that does not know the request; an earlier one knew it up to there."""
-        start = self._request_start(req_id, 0)
+        start = self._request_start(req_id, info, 0)
         return msgspec.structs.replace(start, resumed_at=position)
 
-    def _request_start(self, req_id: str, first_position: int) -> RequestStart:
-        info = self._roster.info(req_id)
-        stamp = info.stamp
-        kept = first_position if self._kept else 0
-        reused = self._roster.leading_slots(req_id, kept, self._block_size)
+    def _request_start(self, req_id: str, info: RequestInfo, first_position: int) -> RequestStart:
+        stamp = info.stamp or Stamp(req_id)
+        reused = NO_SLOTS
+        if self._kept and first_position:
+            reused = self._roster.leading_slots(req_id, first_position, self._block_size)
         return RequestStart(
             request_id=req_id,
-            external_id=stamp.external_id if stamp else req_id,
+            external_id=stamp.external_id,
             num_prompt_tokens=info.num_prompt_tokens,
             first_position=first_position,
-            policy=stamp.policy if stamp else "",
-            digest=self._applied(stamp) if stamp and stamp.policy else "",
-            interventions=canonical_json(stamp.current) if stamp and stamp.policy else b"",
+            policy=stamp.policy,
+            digest=self._applied(stamp) if stamp.policy else "",
+            interventions=canonical_json(stamp.current) if stamp.policy else b"",
             cached=self._cached(reused),
-            num_external=self._kept.num_foreign(reused) if self._kept else 0,
-            source=stamp.source if stamp else SteeringSource.NOTHING,
-            rule=stamp.rule if stamp else "",
-            asked=stamp.asked if stamp else "",
-            traceparent=stamp.traceparent if stamp else "",
+            num_external=self._kept.num_foreign(reused) if self._kept and reused.size else 0,
+            source=stamp.source,
+            rule=stamp.rule,
+            asked=stamp.asked,
+            traceparent=stamp.traceparent,
         )
 
     def _applied(self, stamp: Stamp) -> str:

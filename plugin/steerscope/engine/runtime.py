@@ -13,6 +13,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +45,7 @@ class Capacity:
     """Host memory for activations kept beside the KV cache; 0 keeps none."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepNews:
+class StepNews(NamedTuple):
     """A step's scheduler output, in our terms."""
 
     ended: Sequence[str]
@@ -54,6 +54,17 @@ class StepNews:
     foreign_blocks: Sequence[int]
     """Blocks that vLLM fills by other means than a forward pass."""
     note: StepNote
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether what is known of requests changes, but for blocks that they get as they grow."""
+        return bool(
+            self.ended
+            or self.arrivals
+            or self.foreign_blocks
+            or self.note.stamps
+            or any(more.anew or more.external != NOTHING for more in self.more_blocks)
+        )
 
 
 class EngineRuntime:
@@ -131,15 +142,10 @@ class EngineRuntime:
         note = news.note
         if self._readout is not None:
             self._readout.release(note.computed | note.ended if self._speculative else {})
-            self._readout.end({req_id: note.ended.get(req_id, 0) for req_id in news.ended})
-        self._plan.forget(news.ended)
-        self.roster.leave(news.ended)
-        self.roster.arrive(news.arrivals)
-        self.roster.extend(news.more_blocks)
-        for req_id, payload in note.stamps.items():
-            self._restamp(req_id, stamps.decode(payload))
-        if self._kept is not None and self.kv_geometry is not None:
-            self._void(self._kept, news, self.kv_geometry.block_size)
+        if not news.has_changes:
+            self.roster.extend(news.more_blocks)
+        else:
+            self._follow(news)
         if self._readout is not None:
             self._readout.charge(time.perf_counter_ns() - began)
 
@@ -178,6 +184,21 @@ class EngineRuntime:
         self.is_in_step = False
         self._rows_T = self._rows_T[:0]
         self._step_rows.clear()
+
+    def _follow(self, news: StepNews) -> None:
+        """Requests ended or came, or are not what they were."""
+        note = news.note
+        if self._readout is not None:
+            self._readout.settle()
+            self._readout.end({req_id: note.ended.get(req_id, 0) for req_id in news.ended})
+        self._plan.forget(news.ended)
+        self.roster.leave(news.ended)
+        self.roster.arrive(news.arrivals)
+        self.roster.extend(news.more_blocks)
+        for req_id, payload in note.stamps.items():
+            self._restamp(req_id, stamps.decode(payload))
+        if self._kept is not None and self.kv_geometry is not None:
+            self._void(self._kept, news, self.kv_geometry.block_size)
 
     def _read_out(self, readout: Readout, layout: StepLayout, steered_E: IntArray) -> None:
         if layout.req_ids and self._speculative:

@@ -143,13 +143,12 @@ class SiteTap:
             self._launch(self._kernels, hidden_TD, residual_TD)
             return
         x_TD = self._read(hidden_TD, residual_TD)
-        acts_TF = self.acts_TF[: len(x_TD)]
         if self.is_probed:
             self.probe_D.copy_(x_TD[0])
         if not self._step.in_loops:
-            self._edit_all(hidden_TD, x_TD, acts_TF)
+            self._edit_all(hidden_TD, x_TD)
         elif self._step.steered_E.size:
-            self._edit_steered(hidden_TD, x_TD, acts_TF)
+            self._edit_steered(hidden_TD, x_TD)
 
     def write(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Add what the site's transcoders write here; their edits were made at the site."""
@@ -173,6 +172,7 @@ class SiteTap:
         self._read_with = W_enc_DF.numpy(), b_enc_F.numpy(), threshold_F.numpy()
         max_small = 0 if dictionaries else SMALL_STEP // W_enc_DF.numel()
         self._small_x_TD = torch.zeros(min(max_small, len(self.acts_TF)), len(W_enc_DF))
+        self._acts_np, self._small_x_np = self.acts_TF.numpy(), self._small_x_TD.numpy()
 
     def _read(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> Tensor:
         """Write the activations; return x."""
@@ -187,12 +187,14 @@ class SiteTap:
             x_TD = _stream(hidden_TD, residual_TD)
             reference.encode(x_TD, self.encoder, self.acts_TF[:num_tokens])
             return x_TD
-        x_TD = self._small_x_TD[:num_tokens]
-        acts_np, x_np = self.acts_TF.numpy(), x_TD.numpy()
         loops.compiled().read(
-            hidden_TD.numpy(), residual_TD.numpy(), *self._read_with, acts_np, x_np
+            hidden_TD.numpy(),
+            residual_TD.numpy(),
+            *self._read_with,
+            self._acts_np,
+            self._small_x_np,
         )
-        return x_TD
+        return self._small_x_TD[:num_tokens]
 
     def _triton(self, device: torch.device) -> ModuleType | None:
         """The kernels, where they run and have all that the site needs."""
@@ -239,7 +241,7 @@ class SiteTap:
             self.doses_T,
         )
 
-    def _edit_steered(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor) -> None:
+    def _edit_steered(self, hidden_TD: Tensor, x_TD: Tensor) -> None:
         step, tables = self._step, self._tables
         loops.compiled().edit(
             step.steered_E,
@@ -248,7 +250,7 @@ class SiteTap:
             tables.num_edited_S,
             tables.parameters_SPF,
             tables.gate_index_SF,
-            acts_TF.numpy(),
+            self._acts_np,
             self._deltas_np,
             self._doses_np,
         )
@@ -278,8 +280,9 @@ class SiteTap:
             tokens = torch.from_numpy(step.steered_E)
             hidden_TD[tokens] = (hidden_TD[tokens].float() + out_TD).to(hidden_TD.dtype)
 
-    def _edit_all(self, hidden_TD: Tensor, x_TD: Tensor, acts_TF: Tensor) -> None:
+    def _edit_all(self, hidden_TD: Tensor, x_TD: Tensor) -> None:
         num_tokens = len(x_TD)
+        acts_TF = self.acts_TF[:num_tokens]
         rows_TF = self._tables.rows.at(self._step.rows_T[:num_tokens])
         self.deltas_TF[:num_tokens] = reference.edit(acts_TF, rows_TF)
         self.doses_T[:num_tokens] = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from itertools import chain
 
 import zmq
 
@@ -43,7 +44,7 @@ class FanIn:
         try:
             while True:
                 came.clear()
-                for payload in self._waiting():
+                for payload in chain.from_iterable(self._waiting()):
                     now_ns = time.monotonic_ns()
                     stale_ns = now_ns - self._max_wait_ns
                     self._observer.take(payload, now_ns, stale_ns if stale_ns > began_ns else 0)
@@ -52,11 +53,11 @@ class FanIn:
         finally:
             loop.remove_reader(self._socket)
 
-    def _waiting(self) -> Iterator[bytes]:
-        """What is there, until there is nothing: only then the socket tells of more."""
+    def _waiting(self) -> Iterator[list[bytes]]:
+        """Frames by message, until there is none: only then the socket tells of more."""
         while True:
             try:
-                yield self._socket.recv(zmq.DONTWAIT)
+                yield self._socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
 

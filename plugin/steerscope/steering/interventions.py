@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import math
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -176,7 +177,12 @@ def steering_digest(
     catalog_digest: str, interventions: tuple[Intervention, ...], max_dose: float | None
 ) -> str:
     """Names what steering does, whatever the request: equal digests, equal effect."""
-    return digest(catalog_digest.encode(), canonical_json(interventions), repr(max_dose).encode())
+    return _steering_digest(catalog_digest, canonical_json(interventions), repr(max_dose))
+
+
+@lru_cache(maxsize=4096)
+def _steering_digest(catalog_digest: str, interventions: bytes, max_dose: str) -> str:
+    return digest(catalog_digest.encode(), interventions, max_dose.encode())
 
 
 def _check_finite(field: str, value: float) -> None:

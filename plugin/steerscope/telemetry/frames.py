@@ -1,9 +1,10 @@
-"""The wire between the engine's workers and the hub: one frame per step.
+"""The wire between the engine's workers and the hub: a frame for each step, or for several.
 
-Encoded with msgspec (MessagePack), typed and versioned; arrays travel as raw
-little-endian bytes. Shapes: R requests in the step, T their tokens, F features
-of a site, E edits made. Tokens of request r are ``query_start_loc[r]`` to
-``query_start_loc[r + 1]``; its first token here has position ``positions[r]``.
+Steps in which the same requests decode, one token each, may come as one frame in which each of
+them has as many tokens. Encoded with msgspec (MessagePack), typed and versioned; arrays travel as
+raw little-endian bytes. Shapes: R requests in the frame, T their tokens, F features of a site, E
+edits made. Tokens of request r are ``query_start_loc[r]`` to ``query_start_loc[r + 1]``; its first
+token here has position ``positions[r]``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import numpy.typing as npt
 from steerscope.steering import traceparent
 from steerscope.steering.rules import SteeringSource
 
-FRAME_VERSION = 3
+FRAME_VERSION = 4
+MAX_STEPS = 1 << 12
+"""No frame tells of more."""
+
 MAX_POSITION = 1 << 24
 """Positions from here on are taken for damage; no served context is that long."""
 
@@ -98,7 +102,7 @@ class SteeringChange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
-    """One step of one worker."""
+    """One or several steps of one worker."""
 
     version: int
     catalog_digest: str
@@ -107,9 +111,9 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     rank: int
     step: int
     monotonic_ns: int
-    """``time.monotonic_ns`` when the readout was taken (same host as the hub)."""
-    overhead_ns: int
-    """What Steerscope itself spent on the host in the step before this frame."""
+    """``time.monotonic_ns`` when the first of the steps was read out (same host as the hub)."""
+    overhead_ns: tuple[int, ...]
+    """What Steerscope itself spent on the host in each step that ended since the last frame."""
     dropped: int
     """Frames this worker could not send since it started."""
     dropped_tokens: int
@@ -153,7 +157,9 @@ def decode(payload: bytes) -> Frame:
         raise msgspec.ValidationError("query_start_loc is out of range")
     if frame.positions and not 0 <= min(frame.positions) <= max(frame.positions) < MAX_POSITION:
         raise msgspec.ValidationError("positions are out of range")
-    if min(frame.overhead_ns, frame.dropped, frame.dropped_tokens) < 0:
+    if len(frame.overhead_ns) > MAX_STEPS:
+        raise msgspec.ValidationError("overhead_ns tells of too many steps")
+    if min((*frame.overhead_ns, frame.dropped, frame.dropped_tokens)) < 0:
         raise msgspec.ValidationError("a count is negative")
     for start in frame.started:
         _check_start(start)

@@ -141,7 +141,8 @@ class EngineTotals:
         self.frames += 1
         self.last_seen_ns = now_ns
         self.lag.observe_one(0, max(now_ns - frame.monotonic_ns, 0) * 1e-9)
-        self.overhead.observe_one(0, frame.overhead_ns * 1e-9)
+        for overhead_ns in frame.overhead_ns:
+            self.overhead.observe_one(0, overhead_ns * 1e-9)
         if frame.dropped < since.dropped:
             since = since._replace(dropped=0, dropped_tokens=0)
         self.frames_lost[FrameLoss.NOT_SENT] += frame.dropped - since.dropped
