@@ -29,8 +29,9 @@ ENVIRONMENT = {
 }
 """With PyTorch's memory in huge pages: where a process's small pages happened to lie made it up to
 14% slower than its twin, alone with the medium model; with huge ones 3%, and 0.5% in batches."""
-TURN_SECONDS = 0.06
-"""As much work as one engine does before it is another's turn; one step at least."""
+TURN_SECONDS = 0.25
+"""As much work as one engine does before it is another's turn: what it tells of its steps every
+tenth of a second is to lie within."""
 LEAD_IN_SECONDS = 0.05
 """Steps shorter than this notice what other engines left in the caches."""
 

@@ -3,7 +3,8 @@
     python tests/bench/step_cost.py [--features 64] [--layers 1] [--steps 2000]
 
 Decode steps of R running requests: ``begin`` (follow the scheduler), ``plan`` (rows, staging),
-``finish`` (read out, keep, encode, send to another process). Medians, and a slope by request.
+``finish`` (read out, keep, encode, send to another process). Means, since most steps only put
+aside what one in a while tells, and a slope by request.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def stamp(catalog: store.Catalog, i: int, num_policies: int) -> Stamp | None:
 def measure(
     catalog: store.Catalog, endpoint: str, depth: int, num_requests: int, num_policies: int, n: int
 ) -> dict[str, float]:
-    """Medians in µs."""
+    """Means in µs."""
     made = runtime(catalog, endpoint, depth)
     made._canary._left = 0  # no forward pass writes what it looks for
     assert made.kv_geometry is not None
@@ -125,7 +126,7 @@ def measure(
                 taken, (begun - began, planned - begun, finished - planned), strict=True
             ):
                 taken[part].append(spent)
-    found = {part: statistics.median(each) / 1e3 for part, each in taken.items()}
+    found = {part: statistics.fmean(each) / 1e3 for part, each in taken.items()}
     return {**found, "total": sum(found.values())}
 
 

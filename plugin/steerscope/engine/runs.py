@@ -16,8 +16,9 @@ from steerscope.engine.plan import IntArray, StepLayout
 from steerscope.engine.slots import FloatArray, SiteValues, Values
 
 MAX_RUN_STEPS = 1024
-MAX_RUN_VALUES = 1 << 20
-MAX_STEP_VALUES = 1 << 16
+MAX_RUN_VALUES = 1 << 17
+"""More at once would be felt in the one step that tells of them."""
+MAX_STEP_VALUES = 1 << 14
 """A step that read more activations is told by itself: to put it aside would cost more."""
 
 

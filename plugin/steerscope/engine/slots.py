@@ -2,9 +2,8 @@
 
 vLLM reuses the KV of a token that an earlier request computed; this keeps, beside it, what the
 sites read there and what steering changed. Host memory, N slots, F features and S sites of this
-worker: ``N * (4 F + 1)`` bytes, and ``N * 4 (F + S)`` more that are only touched where tokens
-were steered. A slot says whose step wrote it last; the hash of its block, which steering enters,
-says who may read it.
+worker: ``N * (4 F + 1)`` bytes, and ``N * 4 (F + S)`` more once a token was steered. A slot says
+whose step wrote it last; the hash of its block, which steering enters, says who may read it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from steerscope.engine import loops
+from steerscope.engine import loops, memory
 from steerscope.engine.loops import EDITED, FOREIGN, SEEN, UNKNOWN
 
 FloatArray = npt.NDArray[np.float32]
@@ -77,6 +76,8 @@ class SlotCache:
         self._acts = [np.zeros((self.num_slots, width), np.float32) for width in widths]
         self._deltas = [np.zeros((self.num_slots, width), np.float32) for width in widths]
         self._doses = [np.zeros(self.num_slots, np.float32) for _ in widths]
+        self._has_edits = False
+        memory.find_pages([self._state, *self._acts])
 
     def write(self, slots: IntArray, values: Values) -> None:
         """Keep a step's values, token t's under ``slots[t]``."""
@@ -84,6 +85,9 @@ class SlotCache:
         for kept, site in zip(self._acts, values.sites, strict=True):
             keep(slots, site.acts, kept, self._state)
         if values.steered.size:
+            if not self._has_edits:
+                self._has_edits = True
+                memory.find_pages([*self._deltas, *self._doses])
             slots_E = slots[values.steered]
             for deltas, doses, site in zip(self._deltas, self._doses, values.sites, strict=True):
                 keep_edits(slots_E, site.deltas, site.doses, deltas, doses, self._state)

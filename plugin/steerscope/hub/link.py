@@ -1,10 +1,11 @@
 """The front end's side of the control wire: policies in, admissions and refusals out.
 
-Used inside vLLM's front-end process (API server or ``LLM``). One daemon thread owns
-the socket; callers read a snapshot that is replaced, never changed, and drop events
-into a bounded queue. A hub that dies is not noticed by requests: the last snapshot
-stays in force, and the thread greets the hub again when it is back and tells it what the one
-before had been told.
+Used inside vLLM's front-end process (API server or ``LLM``). One daemon thread owns the socket
+that is answered on; callers read a snapshot that is replaced, never changed. Events go by a socket
+of their own, from whichever thread has one, since to wake a thread of ours for each would take the
+interpreter from an engine in the same process. A hub that dies is not noticed by requests: the
+last snapshot stays in force, and the thread greets the hub again when it is back and tells it what
+the one before had been told.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ class FrontendLink:
         self._by_name: Mapping[str, Policy] = MappingProxyType({})
         self._expire_times: Mapping[str, int] = {}
         self._rules = Rules()
-        self._waiting: deque[FromFrontend] = deque(maxlen=MAX_WAITING_EVENTS)
-        self._admitted: OrderedDict[str, str] = OrderedDict()
-        """The thread's own: digests of what was admitted."""
+        self._waiting: deque[Question] = deque()
+        self._events = _Events(endpoint)
         self._lost_hub = False
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[bytes | None]]] = {}
@@ -97,6 +97,7 @@ class FrontendLink:
 
     def start(self, timeout: float = START_TIMEOUT_SECONDS) -> None:
         """Connect, and wait for the first policies; raise ``HubError`` if none come."""
+        self._events.open()
         self._thread.start()
         if not self._answered.wait(timeout):
             raise HubError(f"the hub at {self._endpoint} did not answer in {timeout:.0f} s")
@@ -105,11 +106,11 @@ class FrontendLink:
 
     def admitted(self, external_id: str, policy: str, digest: str, asked: str = "") -> None:
         """Tell of a request admitted with steering. Never blocks, never raises."""
-        self._leave(Admitted(external_id, policy, digest, asked))
+        self._events.admitted(Admitted(external_id, policy, digest, asked))
 
     def rejected(self, external_id: str, policy: str, field: str, reason: str) -> None:
         """Tell of a request refused. Never blocks, never raises."""
-        self._leave(Rejected(external_id, policy, field, reason))
+        self._events.send(Rejected(external_id, policy, field, reason))
 
     async def ask(self, what: ReportAsked | MetricsAsked) -> bytes | None:
         """The hub's answer; None where it has nothing to tell.
@@ -121,7 +122,8 @@ class FrontendLink:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes | None] = loop.create_future()
         self._asked[number] = (loop, answer)
-        self._leave(Question(number, what))
+        self._waiting.append(Question(number, what))
+        self._bell.ring()
         try:
             return await asyncio.wait_for(answer, ANSWER_TIMEOUT_SECONDS)
         except TimeoutError:
@@ -134,10 +136,7 @@ class FrontendLink:
         self._closing.set()
         self._bell.ring()
         self._thread.join(timeout=2.0)
-
-    def _leave(self, event: FromFrontend) -> None:
-        self._waiting.append(event)
-        self._bell.ring()
+        self._events.close()
 
     def _run(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -152,7 +151,7 @@ class FrontendLink:
                 next_hello = time.monotonic() + HELLO_EVERY_SECONDS
                 _send(socket, self._hello)
             while self._waiting:
-                self._tell(socket, self._waiting.popleft())
+                _send(socket, self._waiting.popleft())
             self._bell.wait(next_hello - time.monotonic())
             while has_message(partings):
                 partings.recv_multipart()
@@ -163,13 +162,6 @@ class FrontendLink:
         socket.disable_monitor()
         socket.close()
 
-    def _tell(self, socket: zmq.Socket[bytes], event: FromFrontend) -> None:
-        if isinstance(event, Admitted):
-            self._admitted[event.external_id] = event.digest
-            if len(self._admitted) > MAX_RECALLED:
-                self._admitted.popitem(last=False)
-        _send(socket, event)
-
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         try:
             message = msgspec.msgpack.decode(socket.recv(), type=FromHub)
@@ -178,7 +170,7 @@ class FrontendLink:
             return
         if self._lost_hub:
             self._lost_hub = False
-            _send(socket, Recalled(dict(self._admitted)))
+            _send(socket, Recalled(self._events.recall()))
         match message:
             case Policies():
                 self._take(message)
@@ -199,6 +191,51 @@ class FrontendLink:
         self._expire_times = in_force.expire_times
         if in_force.rules is not None:
             self._rules = in_force.rules
+
+
+class _Events:
+    """Tells the hub of requests, from any thread."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._admitted: OrderedDict[str, str] = OrderedDict()
+        """Digests, by the client's request id."""
+
+    def open(self) -> zmq.Socket[bytes]:
+        """The socket, which finds the hub by itself."""
+        if self._socket is None:
+            self._socket = zmq.Context.instance().socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 500)
+            self._socket.setsockopt(zmq.SNDHWM, MAX_WAITING_EVENTS)
+            self._socket.connect(control_address(self._endpoint))
+        return self._socket
+
+    def admitted(self, event: Admitted) -> None:
+        """Tell of it, and remember it for the next hub."""
+        with self._lock:
+            self._admitted[event.external_id] = event.digest
+            if len(self._admitted) > MAX_RECALLED:
+                self._admitted.popitem(last=False)
+            _send(self.open(), event)
+
+    def send(self, event: Rejected) -> None:
+        """Tell of it."""
+        with self._lock:
+            _send(self.open(), event)
+
+    def recall(self) -> dict[str, str]:
+        """Digests of the newest requests admitted."""
+        with self._lock:
+            return dict(self._admitted)
+
+    def close(self) -> None:
+        """Free the socket."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
 
 
 def _settle(answer: asyncio.Future[bytes | None], body: bytes | None) -> None:

@@ -1,0 +1,113 @@
+"""Where a step's time goes inside a working engine: a clock around each part of ours.
+
+    python tests/bench/step_parts.py [--model demo] [--column observe-64] [--requests 64]
+
+The work is the decoding of ``bench.py``. Parts nest (``plan`` holds ``rows``); what a clock costs,
+some 1 µs a call, is in them. Means of all steps, so that what happens now and then is in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import ENGINE_ARGS, spec
+from engine_child import Engine, place
+from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
+from random_model import SHAPES, write_model
+
+WARM_UP_STEPS = 50
+
+
+class Clock:
+    """Time spent in one function, and how often it was called."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.spent_ns = self.calls = 0
+        setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.spent_ns = self.calls = 0
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter_ns()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.spent_ns += time.perf_counter_ns() - began
+                self.calls += 1
+
+        return timed
+
+
+def clocks() -> dict[str, Clock]:
+    """Around what a step does and what a request's coming costs, in that order."""
+    from steerscope.engine import plan, readout, roster, runs, seams, slots, taps
+    from steerscope.engine.runtime import EngineRuntime
+    from steerscope.engine.scheduling import SchedulerSide
+    from steerscope.steering.frontend import FrontEnd
+
+    parts = {
+        "note": (SchedulerSide, "before_step"),
+        "news": (seams, "_news"),
+        "begin": (EngineRuntime, "begin"),
+        "begin: follow": (EngineRuntime, "_follow"),
+        "plan": (EngineRuntime, "plan"),
+        "plan: rows": (plan.BatchPlan, "rows"),
+        "tap": (taps.SiteTap, "__call__"),
+        "finish": (EngineRuntime, "finish"),
+        "put aside": (runs.DecodeRun, "append"),
+        "tell": (readout.Readout, "_tell"),
+        "tell: merge": (runs, "_merged"),
+        "tell: slots": (roster.Roster, "slots"),
+        "tell: keep": (slots.SlotCache, "write"),
+        "tell: frame": (readout.Readout, "_frame"),
+        "tell: encode": (readout, "encode"),
+        "tell: send": (readout.FrameSender, "send"),
+        "admission": (FrontEnd, "resolve"),
+        "admission: stamp": (FrontEnd, "stamp"),
+    }
+    return {title: Clock(*where) for title, where in parts.items()}
+
+
+def main() -> int:
+    """Run it; see above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(SHAPES), default="demo")
+    parser.add_argument("--column", default="observe-64")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="parts-") as folder:
+        model = write_model(Path(folder) / "model", arguments.model)
+        made = spec(arguments.column, model, SHAPES[arguments.model], Path(folder))
+        os.environ.update(ENVIRONMENT)
+        os.environ["STEERSCOPE_CONFIG"] = str(made.config)
+        os.sched_setaffinity(0, {ENGINE_CORE})
+        engine = Engine(str(model), ENGINE_ARGS, made.steering)
+        place(os.getpid(), ENGINE_CORE, HUB_CORE)
+        timed = clocks()
+        engine.fill(arguments.requests)
+        engine.steps(WARM_UP_STEPS, lead_in=False)
+        for clock in timed.values():
+            clock.reset()
+        steps = engine.steps(arguments.steps, lead_in=False)["ns"]
+    print(f"a step: {statistics.fmean(steps) / 1e3:.0f} µs")
+    for title, clock in timed.items():
+        each = clock.spent_ns / 1e3 / max(clock.calls, 1)
+        calls = clock.calls / len(steps)
+        print(f"{title:18} {each * calls:7.1f} µs a step  {calls:5.2f} calls of {each:7.1f} µs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
