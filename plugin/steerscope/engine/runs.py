@@ -1,7 +1,7 @@
 """Decoding, told in runs: steps of the same requests, one token each, become one.
 
 After a forward pass the caches hold nothing of ours, so it is calls that cost, and what is told
-every twentieth of a second is told soon enough. Shapes: K steps of R requests, F features, E of
+every tenth of a second is told soon enough. Shapes: K steps of R requests, F features, E of
 the requests are steered.
 """
 
