@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -400,6 +401,20 @@ def redis_password(settings: RedisSettings, environ: Mapping[str, str] = os.envi
 def client_environment(environ: Mapping[str, str] = os.environ) -> tuple[str | None, str | None]:
     """The hub's address and a token, for commands that are not told them otherwise."""
     return environ.get(ADDRESS_ENV) or None, environ.get(TOKEN_ENV) or None
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where what is made once for a machine is kept."""
+    root = environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "steerscope"
+
+
+def compiler(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The C++ compiler, which the user may name as builds have it; None where there is none."""
+    for name in (environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
 
 
 def is_configured(environ: Mapping[str, str] = os.environ) -> bool:

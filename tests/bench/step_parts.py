@@ -2,8 +2,9 @@
 
     python tests/bench/step_parts.py [--model demo] [--column observe-64] [--requests 64]
 
-The work is the decoding of ``bench.py``. Parts nest (``plan`` holds ``rows``); what a clock costs,
-some 1 µs a call, is in them. Means of all steps, so that what happens now and then is in them.
+The work is the decoding of ``bench.py``; the op is part of the graph and has no clock. Parts nest
+(``plan`` holds ``rows``); what a clock costs, some 1 µs a call, is in them. Means of all steps, so
+that what happens now and then is in them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Clock:
 
 def clocks() -> dict[str, Clock]:
     """Around what a step does and what a request's coming costs, in that order."""
-    from steerscope.engine import plan, readout, roster, runs, seams, slots, taps
+    from steerscope.engine import plan, readout, roster, seams, slots, tape
     from steerscope.engine.runtime import EngineRuntime
     from steerscope.engine.scheduling import SchedulerSide
     from steerscope.steering.frontend import FrontEnd
@@ -62,14 +63,15 @@ def clocks() -> dict[str, Clock]:
         "begin": (EngineRuntime, "begin"),
         "begin: follow": (EngineRuntime, "_follow"),
         "plan": (EngineRuntime, "plan"),
+        "plan: goes on": (plan.BatchPlan, "goes_on"),
         "plan: rows": (plan.BatchPlan, "rows"),
-        "tap": (taps.SiteTap, "__call__"),
         "finish": (EngineRuntime, "finish"),
-        "put aside": (runs.DecodeRun, "append"),
-        "tell": (readout.Readout, "_tell"),
-        "tell: merge": (runs, "_merged"),
-        "tell: slots": (roster.Roster, "slots"),
-        "tell: keep": (slots.SlotCache, "write"),
+        "count one more": (readout.Readout, "extend"),
+        "settle": (readout.Readout, "settle"),
+        "settle: slots": (roster.Roster, "slots"),
+        "settle: keep": (slots.SlotCache, "write"),
+        "tell": (readout.Readout, "tell"),
+        "tell: merge": (tape.Tape, "readings"),
         "tell: frame": (readout.Readout, "_frame"),
         "tell: encode": (readout, "encode"),
         "tell: send": (readout.FrameSender, "send"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from steerscope.engine import canary, plan, rows, runs, runtime, slots
+from steerscope.engine import canary, plan, rows, runtime, slots, tape
 from steerscope.engine.plan import StepLayout
 from steerscope.steering import segments
 
@@ -80,7 +80,7 @@ def steering_forgotten_after_preemption() -> None:
 
 def rejected_drafts_counted() -> None:
     """Tokens that speculation got wrong are taken for tokens of the request."""
-    runs.ReadStep.accepted = lambda self, ends: self
+    tape.Reading.accepted = lambda self, ends: self
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {

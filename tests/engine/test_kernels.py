@@ -411,7 +411,7 @@ def a_step_of_no_tokens_does_nothing(device):
 
 
 @case
-def a_tap_of_a_worker_does_with_kernels_what_it_does_in_loops(device):
+def a_tap_of_a_worker_does_with_kernels_what_it_does_in_native_code(device):
     edits = (
         '{"feature": "transcoder_mlp_in_1", "clamp": 9.0}, '
         '{"feature": "direction_mlp_in_1", "add": 7.0}'
@@ -423,8 +423,8 @@ def a_tap_of_a_worker_does_with_kernels_what_it_does_in_loops(device):
         catalog = store.load(oracle.world(Path(folder)).catalog)
         (key,) = (k for k in catalog.sites if str(k) == "mlp_in.1")
         outcomes = []
-        for where, in_loops in ((torch.device("cpu"), True), (torch.device(device), False)):
-            step = StepRows(32, where, in_loops)
+        for where, is_native in ((torch.device("cpu"), True), (torch.device(device), False)):
+            step = StepRows(32, where, is_native)
             tap = SiteTap(catalog, key, step, 4, where)
             tap.write_row(1, interventions, max_dose=0.3)
             here, there = read_TD.clone().to(where), written_TD.clone().to(where)
@@ -437,8 +437,8 @@ def a_tap_of_a_worker_does_with_kernels_what_it_does_in_loops(device):
             outcomes.append([each.cpu() for each in made])
         assert tap._kernels is kernels
         assert not tap._cold
-    for looped, kernel in zip(*outcomes, strict=True):
-        torch.testing.assert_close(looped, kernel, rtol=1e-5, atol=1e-5)
+    for native, kernel in zip(*outcomes, strict=True):
+        torch.testing.assert_close(native, kernel, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,9 +8,11 @@ import torch
 import zmq
 from steerscope.catalog import store
 from steerscope.engine import readout as readout_module
-from steerscope.engine.plan import RequestInfo, StepLayout
+from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
 from steerscope.engine.readout import FrameSender, Readout, Source
 from steerscope.engine.roster import Arrival, Roster
+from steerscope.engine.rows import RowTable
+from steerscope.engine.tape import Tape
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import parse_spec
@@ -33,9 +35,7 @@ class Wire:
         lost, self.lost = self.lost, False
         return lost
 
-    is_waiting = False
-
-    def send(self, payload, wait_ns):
+    def send(self, payload):
         if self.open:
             self.sent.append(frames.decode(payload))
         return self.open
@@ -44,7 +44,7 @@ class Wire:
 @pytest.fixture
 def site(tiny_world):
     catalog = store.load(tiny_world.catalog)
-    step = StepRows(8, torch.device("cpu"))
+    step = StepRows(8, torch.device("cpu"), max_waiting=300)
     return SiteTap(catalog, next(iter(catalog.sites)), step, 4, torch.device("cpu")), step
 
 
@@ -55,8 +55,10 @@ def wire():
 
 @pytest.fixture
 def readout(site, wire):
-    source = Source("digest", "model", "0", 0)
-    return Readout(source, [site[0]], wire, Roster())
+    tap, step = site
+    made = Readout(Source("digest", "model", "0", 0), [tap], Tape([tap], step, 8), wire, Roster())
+    made.plan = BatchPlan(RowTable(1), lambda _: RequestInfo(None, 5), None)
+    return made
 
 
 @pytest.fixture
@@ -72,24 +74,33 @@ def layout(*members):
 
 def emit(readout, *members, finished=(), steered_E=NO_TOKENS, waits=False):
     """One step, in the order of the runtime: ends, arrivals, tokens."""
-    readout.settle()
+    readout.tell()
     readout.end(dict.fromkeys(finished, 7))
     readout._roster.leave(finished)
     for req_id, *_ in members:
         if req_id not in readout._roster:
             readout._roster.arrive([Arrival(req_id, RequestInfo(Stamp(f"ext-{req_id}"), 5), ())])
-    made = layout(*members)
     if members:
-        readout.emit(made, steered_E)
+        step(readout, *members, steered_E=steered_E)
         if not waits:
-            readout.settle()
+            readout.tell()
     else:
         readout.flush()
 
 
+def step(readout, *members, steered_E=NO_TOKENS):
+    """What the runtime does with a step."""
+    made = layout(*members)
+    if readout.plan.goes_on(made._replace(req_ids=list(made.req_ids))):
+        readout.extend(readout.plan, steered_E)
+    else:
+        readout.plan.rows(made)
+        readout.emit(made, steered_E)
+
+
 def decode(readout, position, steered_E=NO_TOKENS):
     """A step in which "a" and "b" decode; "b" is ten tokens ahead."""
-    readout.emit(layout(("a", position, 1), ("b", position + 10, 1)), steered_E)
+    step(readout, ("a", position, 1), ("b", position + 10, 1), steered_E=steered_E)
 
 
 def test_a_request_is_introduced_once_and_its_end_is_told(readout, wire):
@@ -164,9 +175,8 @@ def test_steps_of_the_same_requests_are_told_as_one(readout, wire, site, patienc
     acts = []
     for k in range(3):
         tap(torch.randn(2, 128, generator=torch.Generator().manual_seed(k)), None)
-        acts.append(tap.acts_TF[:2].clone())
+        acts.append(tap.acts_of_step(2).clone())
         decode(readout, 4 + k)
-    tap.acts_TF.zero_()
     assert len(wire.sent) == 1  # only the prompts so far
     emit(readout, finished=["a"])
     told, end = wire.sent[1:]
@@ -181,39 +191,115 @@ def test_steps_of_the_same_requests_are_told_as_one(readout, wire, site, patienc
 
 
 def test_steered_steps_are_told_as_one_with_their_edits(readout, wire, site, patience):
-    tap, step = site
+    tap, step_rows = site
     add = '{"interventions": [{"feature": "unit_1", "add": 4.0}]}'
     tap.write_row(1, list(parse_spec(add).interventions))
     emit(readout, ("a", 0, 4), ("b", 10, 4))
-    step.stage(np.array([0, 1], np.int64))
+    step_rows.stage(np.array([0, 1], np.int64))
     for k in range(3):
         tap(torch.randn(2, 128, generator=torch.Generator().manual_seed(k)), None)
-        tap.deltas_TF[1, 0] = k
-        decode(readout, 4 + k, step.steered_E)
-    readout.settle()
+        tap.deltas_TF[step_rows.rows(2)][1, 0] = k
+        decode(readout, 4 + k, step_rows.steered_E)
+    readout.tell()
     tokens, deltas, doses = frames.edits(wire.sent[-1].sites[0])
     assert tokens.tolist() == [3, 4, 5]  # those of "b"
     assert deltas[:, 0].tolist() == [0.0, 1.0, 2.0]
     assert (doses > 0.0).all()
 
 
-def test_a_step_that_does_not_go_on_with_those_before_is_told_apart(readout, wire, patience):
-    emit(readout, ("a", 0, 4), ("b", 10, 4))
-    decode(readout, 4)
-    decode(readout, 5)
-    decode(readout, 5, np.array([1]))  # steered from here on
-    emit(readout, ("b", 16, 1), waits=True)
-    emit(readout, ("b", 17, 2), waits=True)
-    lengths = [np.diff(f.query_start_loc).tolist() for f in wire.sent]
-    assert lengths == [[4, 4], [2, 2], [1, 1], [1], [2]]
+def test_steps_of_changing_crowds_are_told_as_one(readout, wire, site, patience):
+    """Random crowds, chunks and edits: every token's values come under its request and position."""
+    tap, step_rows = site
+    rng = np.random.default_rng(5)
+    add = '{"interventions": [{"feature": "unit_1", "add": 4.0}]}'
+    tap.write_row(1, list(parse_spec(add).interventions))
+    emit(readout, ("a", 0, 1))  # from here on all wait
+    expected, at = {}, {"a": 1}
+    for k in range(60):
+        if k % 3 == 0:  # else the crowd is that of the step before, in another order now and then
+            for name in [name for name in at if rng.random() < 0.3]:
+                readout.settle()
+                readout.end({name: at.pop(name)})
+                readout._roster.leave([name])
+            for name in (f"r{k}", f"s{k}"):
+                if rng.random() < 0.5 and len(at) < 4:
+                    readout.settle()
+                    at[name] = 0
+                    readout._roster.arrive([Arrival(name, RequestInfo(Stamp(name), 5), ())])
+        crowd = list(at)
+        if k % 5 == 0:
+            rng.shuffle(crowd)
+        members = [(name, at[name], int(rng.integers(1, 3)) if k % 4 else 1) for name in crowd]
+        if not members:
+            continue
+        num_tokens = sum(n for _, _, n in members)
+        step_rows.stage(rng.integers(0, 2, num_tokens))
+        tap(torch.randn(num_tokens, 128), None)
+        rows = [(name, first + i) for name, first, n in members for i in range(n)]
+        for t, (key, act) in enumerate(zip(rows, tap.acts_of_step(num_tokens), strict=True)):
+            delta = float(tap.deltas_TF[step_rows.rows(num_tokens)][t, 1])
+            expected[key] = act.numpy().copy(), delta if t in step_rows.steered_E else 0.0
+        steered_E = step_rows.steered_E
+        step_rows.clear()
+        readout.emit(layout(*members), steered_E)
+        at |= {name: first + n for name, first, n in members}
+    readout.tell()
+    assert len(wire.sent) < 15  # of 60 steps
+    told = {}
+    for frame in wire.sent[1:]:
+        (sent,) = frame.sites
+        acts, edits = frames.acts_TF(sent), frames.edits(sent)
+        deltas = dict(zip(edits[0].tolist(), edits[1][:, 1].tolist(), strict=True))
+        bounds = zip(frame.query_start_loc, frame.query_start_loc[1:], strict=False)
+        assert len(set(frame.request_ids)) == len(frame.request_ids)
+        for name, first, (start, end) in zip(
+            frame.request_ids, frame.positions, bounds, strict=True
+        ):
+            for t in range(start, end):
+                assert (name, first + t - start) not in told
+                told[name, first + t - start] = acts[t], deltas.get(t, 0.0)
+    assert told.keys() == expected.keys()
+    for key, (act, delta) in expected.items():
+        assert np.array_equal(told[key][0], act)
+        assert told[key][1] == delta
+    assert sum(delta != 0.0 for _, delta in expected.values()) > 20
+
+
+def test_an_id_that_comes_back_while_its_end_waits_is_another_request(readout, wire, patience):
+    emit(readout, ("a", 0, 4), ("b", 0, 4))
+    decode_a = ("a", 4, 1)
+    step(readout, decode_a)
+    readout.settle()
+    readout.end({"a": 5})
+    readout._roster.leave(["a"])
+    readout._roster.arrive([Arrival("a", RequestInfo(Stamp("another"), 5), ())])
+    step(readout, ("a", 0, 2))
+    readout.tell()
+    told = [([s.external_id for s in f.started], [e.end for e in f.finished]) for f in wire.sent]
+    assert told == [(["ext-a", "ext-b"], []), ([], [5]), (["another"], [])]
+
+
+def test_a_request_that_began_and_ended_while_it_waited_is_told(readout, wire, patience):
+    emit(readout, ("a", 0, 4))
+    readout._roster.arrive([Arrival("b", RequestInfo(Stamp("ext-b"), 5), ())])
+    step(readout, ("a", 4, 1), ("b", 0, 3))
+    readout.settle()
+    readout.end({"b": 3})
+    readout._roster.leave(["b"])
+    step(readout, ("a", 5, 1))
+    readout.tell()
+    assert [[s.external_id for s in f.started] for f in wire.sent[1:]] == [["ext-b"], []]
+    assert [f.request_ids for f in wire.sent[1:]] == [("a", "b"), ("a",)]
+    assert [[e.request_id for e in f.finished] for f in wire.sent[1:]] == [[], ["b"]]
 
 
 def test_positions_that_do_not_follow_each_other_are_told_apart(readout, wire, patience):
     emit(readout, ("a", 0, 4), ("b", 10, 4))
     for position in (4, 5, 5):
         decode(readout, position)
-    readout.settle()
-    assert [f.positions for f in wire.sent[1:]] == [(4, 14), (5, 15), (5, 15)]
+    readout.tell()
+    told = [(f.positions, f.query_start_loc) for f in wire.sent[1:]]
+    assert told == [((4, 14), (0, 2, 4)), ((5, 15), (0, 1, 2))]
 
 
 def test_no_step_waits_longer_than_it_should(readout, wire):
@@ -232,17 +318,19 @@ def test_no_step_waits_longer_than_it_should(readout, wire):
     assert wire.sent[2].query_start_loc == (0, 1, 2)
 
 
-def test_an_end_waits_less_than_tokens(readout, wire):
+@pytest.mark.parametrize("is_awaited", [True, False])
+def test_an_end_that_a_response_waits_for_waits_less_than_tokens(readout, wire, is_awaited):
     emit(readout, ("a", 0, 4), ("b", 10, 4))
-    readout.settle()
+    readout._roster.restamp("a", Stamp("ext-a", is_awaited=is_awaited))
     readout.end({"a": 4})
     began = time.monotonic_ns()
     position = 14
     while len(wire.sent) == 1:
-        readout.emit(layout(("b", position, 1)), NO_TOKENS)
+        step(readout, ("b", position, 1))
         position += 1
         time.sleep(0.001)
-    assert time.monotonic_ns() - began < readout_module.TELL_EVERY_NS
+    waited = time.monotonic_ns() - began
+    assert (waited < readout_module.TELL_EVERY_NS / 2) == is_awaited
     assert [end.request_id for end in wire.sent[1].finished] == ["a"]
 
 
@@ -258,7 +346,7 @@ def test_a_hub_that_is_gone_is_told_of_what_waited(readout, wire, patience):
 
 
 def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
-    readout._readback.sites[0].acts = None
+    readout._tape._sites[0].acts = None
     emit(readout, ("a", 0, 2))
     assert wire.sent == []
 
@@ -292,58 +380,33 @@ def test_what_waits_for_a_hub_goes_to_the_next_one_in_order(tmp_path):
 
         sender = FrameSender(str(tmp_path))
         with hub() as first:
-            assert sender.send(b"a", 0)
+            assert sender.send(b"a")
             assert first.recv() == b"a"
             assert not sender.has_lost_hub()
         deadline = time.monotonic() + 10
         while not sender.has_lost_hub():
             assert time.monotonic() < deadline
         assert not sender.has_lost_hub()
-        assert sender.send(b"b", 0)
-        assert sender.send(b"c", 0)
+        assert sender.send(b"b")
+        assert sender.send(b"c")
         with hub() as second:
             assert [second.recv(), second.recv()] == [b"b", b"c"]
-
-
-def test_frames_that_follow_each_other_closely_go_in_one_message(tmp_path):
-    with zmq.Context() as context, context.socket(zmq.PULL) as hub:
-        hub.setsockopt(zmq.RCVTIMEO, 10_000)
-        hub.bind(frames_address(str(tmp_path)))
-        sender = FrameSender(str(tmp_path))
-        sender.send(b"first, after a long time", 10**7)
-        assert hub.recv_multipart() == [b"first, after a long time"]
-        assert not sender.is_waiting
-        sender.send(b"a", 10**7)
-        sender.send(b"b", 10**7)
-        assert sender.is_waiting
-        sender.send(b"c", 0)
-        assert hub.recv_multipart() == [b"a", b"b", b"c"]
-        sender.send(b"d", 10**7)
-        time.sleep(0.02)
-        sender.send(b"e", 10**7)
-        assert hub.recv_multipart() == [b"d", b"e"]
-        sender.send(b"small", 10**7)
-        large = bytes(readout_module.MAX_MESSAGE_BYTES)
-        sender.send(large, 10**7)
-        assert hub.recv_multipart() == [b"small", large]
 
 
 def test_where_no_message_is_taken_only_the_newest_frame_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(readout_module, "SEND_QUEUE_MESSAGES", 1)
     sender = FrameSender(str(tmp_path))  # nobody is there
-    while sender.send(b"x", 0):
+    while sender.send(b"x"):
         pass
-    assert sender.send(b"waits", 10**7)
-    assert not sender.send(b"lost", 0)
     with zmq.Context() as context, context.socket(zmq.PULL) as hub:
         hub.setsockopt(zmq.RCVTIMEO, 10_000)
         hub.bind(frames_address(str(tmp_path)))
-        assert hub.recv_multipart() == [b"x"]
-        while not sender.send(b"y", 0):
+        assert hub.recv() == b"x"
+        while not sender.send(b"y"):
             pass
-        while (message := hub.recv_multipart()) == [b"x"]:
+        while (message := hub.recv()) == b"x":
             pass
-        assert message == [b"waits", b"y"]
+        assert message == b"y"
 
 
 class Flight:
@@ -360,7 +423,7 @@ class Flight:
 
 
 def test_values_under_way_from_a_gpu_are_told_before_the_next_step_begins(readout, wire):
-    flight = readout._readback._event = Flight()
+    flight = readout._tape._event = Flight()
     emit(readout, ("a", 0, 3))
     assert flight.is_under_way
     assert wire.sent == []

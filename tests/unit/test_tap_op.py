@@ -26,17 +26,17 @@ SPECS = [
 
 
 class Site:
-    def __init__(self, tiny_world, max_num_tokens=32, in_loops=True):
+    def __init__(self, tiny_world, max_num_tokens=32, is_native=True):
         self.catalog = store.load(tiny_world.catalog)
-        self.step = StepRows(max_num_tokens, torch.device("cpu"), in_loops)
+        self.step = StepRows(max_num_tokens, torch.device("cpu"), is_native)
         self.key = next(iter(self.catalog.sites))
         self.tap = SiteTap(self.catalog, self.key, self.step, 4, torch.device("cpu"))
-        ops.register("test", self.tap)
+        self.op = ops.register("test", self.tap).tap
 
     def run(self, hidden, residual, rows):
         self.step.stage(np.array(rows, np.int64))
         edited = hidden.clone()
-        ops.tap(edited, residual, "test")
+        self.op(edited, residual, "test")
         return edited
 
 
@@ -88,8 +88,8 @@ def test_an_edit_is_the_equation(site, tiny_world, spec):
 def test_the_path_of_captured_graphs_equals_the_path_of_the_cpu(tiny_world, spec, dtype):
     hidden, residual = stream(dtype=dtype)
     outcomes = []
-    for in_loops in (True, False):
-        site = Site(tiny_world, in_loops=in_loops)
+    for is_native in (True, False):
+        site = Site(tiny_world, is_native=is_native)
         site.tap.write_row(1, list(parse_spec(f'{{"interventions": [{spec}]}}').interventions))
         edited = site.run(hidden, residual, [0, 1, 0, 1, 1, 0])
         outcomes.append((edited, site.tap.deltas_TF[[1, 3, 4]], site.tap.doses_T[[1, 3, 4]]))
@@ -114,14 +114,14 @@ def test_a_cleared_step_is_neutral(site):
     site.step.stage(np.ones(6, np.int64))
     site.step.clear()
     edited = hidden.clone()
-    ops.tap(edited, residual, "test")
+    site.op(edited, residual, "test")
     assert torch.equal(edited, hidden)
 
 
 def test_the_op_is_well_formed_for_the_compiler(site):
     hidden, residual = stream()
     torch.library.opcheck(
-        ops.tap.default,
+        site.op.default,
         (hidden, residual, "test"),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
@@ -135,15 +135,15 @@ def test_the_op_compiles_without_a_graph_break_and_still_edits(site):
     @torch.compile(fullgraph=True, backend="inductor")
     def layer(hidden, residual):
         hidden = hidden * 1.0
-        ops.tap(hidden, residual, "test")
+        site.op(hidden, residual, "test")
         return hidden * 2 + residual
 
     torch.testing.assert_close(layer(hidden, residual), expected)
 
 
-@pytest.mark.parametrize("in_loops", [True, False])
-def test_a_stream_of_zeros_is_steered_and_stays_finite(tiny_world, in_loops):
-    site = Site(tiny_world, in_loops=in_loops)
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_stream_of_zeros_is_steered_and_stays_finite(tiny_world, is_native):
+    site = Site(tiny_world, is_native=is_native)
     edit = parse_spec('{"interventions": [{"feature": "direction_1", "add": 9.0}]}').interventions
     site.tap.write_row(1, list(edit))
     site.tap.write_row(2, list(edit), max_dose=0.5)
@@ -162,7 +162,7 @@ class TestTwoPlaces:
         return store.load(oracle.world(tmp_path_factory.mktemp("places")).catalog)
 
     def run(self, catalog, path, max_dose):
-        step = StepRows(8, torch.device("cpu"), in_loops=path == "some")
+        step = StepRows(8, torch.device("cpu"), is_native=path == "some")
         (key,) = (k for k in catalog.sites if str(k) == "mlp_in.1")
         tap = SiteTap(catalog, key, step, 4, torch.device("cpu"))
         assert tap.writes == "mlp_out"

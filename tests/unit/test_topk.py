@@ -195,12 +195,12 @@ def catalog(tmp_path_factory):
 
 
 class Site:
-    def __init__(self, catalog, in_loops=True):
-        self.step = StepRows(64, CPU, in_loops)
+    def __init__(self, catalog, is_native=True):
+        self.step = StepRows(64, CPU, is_native)
         (key,) = catalog.sites
         self.tap = SiteTap(catalog, key, self.step, 4, CPU)
         self.tensors = load_file(catalog.folder / store.TENSORS_FILE)
-        ops.register("topk", self.tap)
+        self.op = ops.register("topk", self.tap).tap
 
     def steer(self, *edits):
         spec = parse_spec(json.dumps({"interventions": edits}))
@@ -209,7 +209,7 @@ class Site:
     def run(self, hidden_TD, residual_TD, rows):
         self.step.stage(np.array(rows, np.int64))
         edited_TD = hidden_TD.clone()
-        ops.tap(edited_TD, residual_TD, "topk")
+        self.op(edited_TD, residual_TD, "topk")
         return edited_TD
 
     def expected(self, x_TD):
@@ -293,9 +293,9 @@ def delta_of(site, edits, acts):
 
 
 @pytest.mark.parametrize("edits", EDITS)
-@pytest.mark.parametrize("in_loops", [True, False])
-def test_a_topk_feature_steers_and_gates_as_any_other(catalog, edits, in_loops):
-    site = Site(catalog, in_loops)
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_topk_feature_steers_and_gates_as_any_other(catalog, edits, is_native):
+    site = Site(catalog, is_native)
     hidden, residual = stream(40), stream(40, seed=2)
     site.steer(*edits)
     changed = site.run(hidden, residual, [0, 1] * 20)
@@ -307,7 +307,7 @@ def test_a_topk_feature_steers_and_gates_as_any_other(catalog, edits, in_loops):
 
 def test_the_op_is_well_formed_for_the_compiler(site):
     torch.library.opcheck(
-        ops.tap.default,
+        site.op.default,
         (stream(6), stream(6, seed=2), "topk"),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
@@ -321,7 +321,7 @@ def test_the_op_compiles_without_a_graph_break_and_still_edits(site):
     @torch.compile(fullgraph=True, backend="inductor")
     def layer(hidden, residual):
         hidden = hidden * 1.0
-        ops.tap(hidden, residual, "topk")
+        site.op(hidden, residual, "topk")
         return hidden * 2 + residual
 
     torch.testing.assert_close(layer(hidden, residual), expected)

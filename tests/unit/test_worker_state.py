@@ -8,9 +8,9 @@ from steerscope.engine import canary as canaries
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import RequestInfo, StepLayout
 from steerscope.engine.roster import Arrival, MoreBlocks, Roster
-from steerscope.engine.runs import ReadStep
 from steerscope.engine.scheduling import SchedulerSide
 from steerscope.engine.slots import SiteValues, SlotCache, Values, bytes_per_slot
+from steerscope.engine.tape import Reading
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.errors import UnsupportedEngineError
 from steerscope.steering import segments
@@ -29,8 +29,10 @@ class TestRoster:
     def test_slots_follow_the_blocks_of_each_request(self):
         roster = Roster()
         roster.arrive([Arrival("a", INFO, [7, 3]), Arrival("b", INFO, [5])])
-        slots = roster.slots(layout(("b", 1, 2), ("a", 3, 3)), block_size=4)
-        assert slots.tolist() == [21, 22, 31, 12, 13]
+        members, step = roster.members(("b", "a")), layout(("b", 1, 2), ("a", 3, 3))
+        assert roster.slots(members, step, block_size=4).tolist() == [21, 22, 31, 12, 13]
+        decode = layout(("b", 1, 1), ("a", 2, 1))
+        assert roster.slots(members, decode, 4, num_steps=3).tolist() == [21, 30, 22, 31, 23, 12]
         assert roster.leading_slots("a", 6, 4).tolist() == [28, 29, 30, 31, 12, 13]
 
     def test_blocks_are_appended_or_replaced(self):
@@ -119,7 +121,7 @@ def test_rejected_drafts_are_left_out_of_a_step():
     acts = np.arange(10, dtype=np.float32).reshape(10, 1)
     steered = np.array([1, 3, 6])
     values = Values(steered, [SiteValues(acts, 10 * acts[steered], np.ones(3, np.float32))])
-    step = ReadStep(layout(("a", 4, 4), ("b", 0, 3), ("c", 9, 3)), values, 0)
+    step = Reading(layout(("a", 4, 4), ("b", 0, 3), ("c", 9, 3)), values, 0)
     kept = step.accepted({"a": 6, "b": 3, "c": 9})
     assert kept.layout.query_start_loc.tolist() == [0, 2, 5, 5]
     (site,) = kept.values.sites

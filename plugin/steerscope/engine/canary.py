@@ -45,7 +45,7 @@ class Canary:
     def before(self, num_tokens: int) -> None:
         """Mark the buffers; the forward must overwrite the marks."""
         for site in self._sites:
-            site.acts_TF[:num_tokens] = _UNTOUCHED
+            site.acts_of_step(num_tokens).fill_(_UNTOUCHED)
 
     def after(self, positions_T: IntArray, served_T: Tensor | None) -> None:
         """Raise ``UnsupportedEngineError`` if the step was not what we took it for."""
@@ -53,7 +53,7 @@ class Canary:
         if served.tolist() != positions_T.tolist():
             raise _dead("the runner's positions are not those of the plan")
         for site in self._sites:
-            acts_TF = site.acts_TF[: len(positions_T)]
+            acts_TF = site.acts_of_step(len(positions_T))
             if bool((acts_TF == _UNTOUCHED).any()):
                 raise _dead(f"{site.key} did not see every token")
             self._compare(site, acts_TF[0])

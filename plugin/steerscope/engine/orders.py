@@ -127,6 +127,11 @@ class OrderBook:
         self._out_of_reach: set[str] = set()
         """Requests that cannot be steered as the standing order says."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an order waits or stands, or has arrived."""
+        return bool(self._arrived or self._waiting or self._standing)
+
     def due(self, stamps: Callable[[], Mapping[str, tuple[Stamp, int]]]) -> dict[str, StampFrom]:
         """Changes to make now, by request.
 

@@ -19,6 +19,7 @@ from steerscope.steering.segments import Segment
 from steerscope.steering.stamp import Stamp
 
 IntArray = npt.NDArray[np.int64]
+AnyInts = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 class RequestInfo(NamedTuple):
@@ -36,8 +37,13 @@ class StepLayout(NamedTuple):
     """
 
     req_ids: Sequence[str]
-    query_start_loc: IntArray
-    first_positions: IntArray
+    query_start_loc: AnyInts
+    first_positions: AnyInts
+
+    def settled(self) -> StepLayout:
+        """With arrays of its own, int64: the runner will write its own again."""
+        starts, positions = self.query_start_loc, self.first_positions
+        return StepLayout(tuple(self.req_ids), starts.astype(np.int64), positions.astype(np.int64))
 
 
 EMPTY_LAYOUT = StepLayout((), np.zeros(1, np.int64), np.zeros(0, np.int64))
@@ -51,20 +57,13 @@ def positions(layout: StepLayout) -> IntArray:
     return positions_T
 
 
-class Span(NamedTuple):
-    """Positions ``[start, end)`` of a request have steering row ``row``."""
-
-    start: int
-    end: int
-    row: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Member:
     """A request in the persistent batch, and the rows it holds."""
 
     digests: frozenset[str]
-    spans: tuple[Span, ...]
+    spans: IntArray
+    """[3, spans]: positions ``[start, end)`` have a row."""
 
 
 class _Spans(NamedTuple):
@@ -76,18 +75,16 @@ class _Spans(NamedTuple):
     row_S: IntArray
 
 
-class _Decode(NamedTuple):
-    """The rows of a step of one token a request, and the positions that they hold for."""
+@dataclass(slots=True)
+class _Decode:
+    """The last step, where it was one token of each request, and until where its rows hold."""
 
-    rows_R: IntArray
-    from_R: IntArray
+    req_ids: list[str]
+    starts: AnyInts
+    at_R: AnyInts
+    """The positions of its tokens."""
     until_R: IntArray
-
-    def still_holds(self, layout: StepLayout) -> bool:
-        """Whether a step of the same requests has the same rows."""
-        if int(layout.query_start_loc[-1]) != len(self.rows_R):
-            return False
-        return loops.compiled().are_within(layout.first_positions, self.from_R, self.until_R)
+    rows_R: IntArray
 
 
 NO_SPANS = _Spans(*(np.zeros(0, np.int64) for _ in range(4)))
@@ -120,27 +117,50 @@ class BatchPlan:
         self._spans = NO_SPANS
         self._neutral_T = np.zeros(0, np.int64)
         self._decode: _Decode | None = None
-        """The rows of the last step, if it may tell those of the next."""
+
+    def goes_on(self, layout: StepLayout) -> bool:
+        """Whether the step is the next token of each of the last one's, under the same rows.
+
+        Then ``last`` and ``last_rows`` are all there is to know of it.
+        """
+        last = self._decode
+        if last is None or layout.req_ids != last.req_ids:
+            return False
+        follows = loops.compiled().follows
+        return follows(layout.query_start_loc, layout.first_positions, last.at_R, last.until_R)
+
+    @property
+    def last(self) -> StepLayout:
+        """The last step of those that went on."""
+        assert self._decode is not None
+        assert self._order is not None
+        return StepLayout(self._order, self._decode.starts, self._decode.at_R.copy())
+
+    @property
+    def last_rows(self) -> IntArray:
+        """The steering rows of all of those; the same array."""
+        assert self._decode is not None
+        return self._decode.rows_R
 
     def rows(self, layout: StepLayout) -> IntArray:
-        """The steering row of each token of the step, int64 [T].
-
-        The very array of the step before where nothing changed; not to be written.
-        """
+        """The steering row of each token of the step, int64 [T]; not to be written."""
         self._follow(tuple(layout.req_ids))
-        num_tokens = int(layout.query_start_loc[-1])
-        if not self._steered:
-            if len(self._neutral_T) != num_tokens:
-                self._neutral_T = np.zeros(num_tokens, np.int64)
-            return self._neutral_T
-        if self._decode is not None and self._decode.still_holds(layout):
-            return self._decode.rows_R
-        rows_T, until_R = np.zeros(num_tokens, np.int64), np.full(len(layout.req_ids), ENDLESS)
-        starts, first_positions = layout.query_start_loc, layout.first_positions
-        loops.compiled().lay(*self._spans, starts, first_positions, rows_T, until_R)
-        if num_tokens == len(layout.req_ids):
-            self._decode = _Decode(rows_T, first_positions, until_R)
+        starts, positions = layout.query_start_loc, layout.first_positions
+        rows_T, until_R = self._neutral(int(starts[-1])), np.full(len(positions), ENDLESS)
+        if self._steered:
+            rows_T = np.zeros_like(rows_T)
+            loops.compiled().lay(*self._spans, starts, positions, rows_T, until_R)
+        is_decode = 0 < len(rows_T) == len(positions)
+        self._decode = (
+            _Decode(list(layout.req_ids), starts, positions.copy(), until_R, rows_T)
+            if is_decode
+            else None
+        )
         return rows_T
+
+    def break_off(self) -> None:
+        """No step goes on from the last one."""
+        self._decode = None
 
     def forget(self, req_ids: Sequence[str]) -> None:
         """Requests that ended: an id may come back as another request."""
@@ -149,13 +169,13 @@ class BatchPlan:
         for req_id in req_ids:
             self._leave(req_id)
         self._req_ids -= frozenset(req_ids)
-        self._order = None
+        self._order = self._decode = None
 
     def restamp(self, req_id: str) -> None:
         """The request's steering was changed: look it up again."""
         self._leave(req_id)
         self._req_ids -= {req_id}
-        self._order = None
+        self._order = self._decode = None
 
     def _follow(self, order: tuple[str, ...]) -> None:
         """Most steps have the requests of the step before, in the same order."""
@@ -166,13 +186,22 @@ class BatchPlan:
             self._leave(req_id)
         for req_id in req_ids - self._req_ids:
             self._join(req_id)
-        self._req_ids, self._order, self._decode = req_ids, order, None
+        self._req_ids, self._order = req_ids, order
         self._spans = self._spans_of(order)
+
+    def _neutral(self, num_tokens: int) -> IntArray:
+        """Of a step in which nothing is steered: the very array of the one before, if it does."""
+        if len(self._neutral_T) != num_tokens:
+            self._neutral_T = np.zeros(num_tokens, np.int64)
+        return self._neutral_T
 
     def _spans_of(self, order: tuple[str, ...]) -> _Spans:
         steered = self._steered
-        spans = [(r, *s) for r, i in enumerate(order) if i in steered for s in steered[i].spans]
-        return _Spans(*np.array(spans, np.int64).T.copy()) if spans else NO_SPANS
+        held = [(r, steered[i].spans) for r, i in enumerate(order) if i in steered]
+        if not held:
+            return NO_SPANS
+        request_S = np.repeat([r for r, _ in held], [spans.shape[1] for _, spans in held])
+        return _Spans(request_S, *np.concatenate([spans for _, spans in held], axis=1))
 
     def _leave(self, req_id: str) -> None:
         member = self._steered.pop(req_id, None)
@@ -191,8 +220,7 @@ class BatchPlan:
                 rows[segment.digest] = row
                 if fresh:
                     self._write_row(row, stamp, segment)
-        spans = tuple(
-            Span(s.start, ENDLESS if s.end is None else s.end, rows[s.digest])
-            for s in stamp.segments
-        )
-        self._steered[req_id] = _Member(frozenset(rows), spans)
+        spans = [
+            (s.start, ENDLESS if s.end is None else s.end, rows[s.digest]) for s in stamp.segments
+        ]
+        self._steered[req_id] = _Member(frozenset(rows), np.array(spans, np.int64).T)

@@ -1,9 +1,10 @@
-"""From device buffers to frames on the wire, never blocking the step.
+"""From the tape to frames on the wire, never blocking the step.
 
-Steps that follow each other within ``TELL_EVERY_NS`` are told together: as one frame while the
-same requests decode, and in one message in any case. A frame that cannot be sent is dropped and
-counted; the count travels in every later frame, so that the hub knows what it did not see. Under
-speculative decoding a step is held until the scheduler says which of its tokens were accepted.
+Steps that follow each other within ``TELL_EVERY_NS`` are told together, in one frame. After a
+forward pass the caches hold nothing of ours, so it is calls that cost: a decoding step after others
+like it is counted, and that is all. A frame that cannot be sent is dropped and counted; the count
+travels in every later frame, so that the hub knows what it did not see. Under speculative decoding
+a step is held until the scheduler says which of its tokens were accepted.
 
 Frames that wait for a hub that is gone are for the next one, which is told anew of the requests
 that run, from the first step on that ends without the hub.
@@ -24,11 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from steerscope.engine.plan import EMPTY_LAYOUT, IntArray, RequestInfo, StepLayout
-from steerscope.engine.readback import Readback
+from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, RequestInfo, StepLayout
 from steerscope.engine.roster import Roster
-from steerscope.engine.runs import DecodeRun, ReadStep
 from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
+from steerscope.engine.tape import Reading, ReadStep, Tape
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import canonical_json, steering_digest
@@ -47,14 +47,13 @@ from steerscope.telemetry.frames import (
 SEND_QUEUE_MESSAGES = 1000
 """Messages that may wait for the hub before new frames are dropped."""
 
-MAX_MESSAGE_BYTES = 1 << 16
-"""A message with more in it waits for no other frame."""
-
 TELL_EVERY_NS = 100_000_000
-"""How long tokens may wait for more to be told with them. Where steps take longer none wait."""
+"""How long tokens may wait for more to be told with them. Where steps take longer none wait.
+
+To hand a message to ZeroMQ wakes its thread, which costs a step more than all else."""
 
 NEWS_WITHIN_NS = 10_000_000
-"""The same where requests came or ended: somebody may ask for a report."""
+"""The same where a response waits for the report of a request that ended."""
 
 NO_SLOTS: IntArray = np.zeros(0, np.int64)
 
@@ -65,8 +64,7 @@ class FrameSender:
     """PUSH socket to the hub's fan-in. Nothing here blocks, and ``send`` never raises.
 
     What waits in the socket while there is no hub goes to the next one, in order. A thread that
-    otherwise sleeps notices that a hub went away. Sending wakes ZeroMQ's thread, which costs the
-    step more than all else, so frames that follow each other go in one message.
+    otherwise sleeps notices that a hub went away.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -74,9 +72,6 @@ class FrameSender:
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._has_lost_hub = False
-        self._queue: list[bytes] = []
-        self._num_queued_bytes = 0
-        self._sent_ns = 0
         partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         threading.Thread(
             target=self._watch, args=(partings,), name="steerscope-partings", daemon=True
@@ -90,26 +85,12 @@ class FrameSender:
             self._has_lost_hub = False
         return is_lost
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether frames wait for more to be sent with them."""
-        return bool(self._queue)
-
-    def send(self, payload: bytes, wait_ns: int) -> bool:
-        """Whether the frame was taken. Messages may be as far apart as ``wait_ns``."""
-        now_ns = time.monotonic_ns()
-        self._queue.append(payload)
-        self._num_queued_bytes += len(payload)
-        is_due = now_ns - self._sent_ns >= wait_ns
-        if not is_due and self._num_queued_bytes < MAX_MESSAGE_BYTES:
-            return True
+    def send(self, payload: bytes) -> bool:
+        """Whether the frame was taken."""
         try:
-            self._socket.send_multipart(self._queue, zmq.DONTWAIT, copy=False)
+            self._socket.send(payload, zmq.DONTWAIT)
         except zmq.ZMQError:
-            self._queue.pop()
-            self._num_queued_bytes -= len(payload)
             return False
-        self._queue, self._num_queued_bytes, self._sent_ns = [], 0, now_ns
         return True
 
     def _watch(self, partings: zmq.Socket[bytes]) -> None:
@@ -149,25 +130,26 @@ class _Told:
 
 
 class Readout:
-    """Reads each step out of the sites' buffers and tells the hub of it."""
+    """Tells the hub of what each step left on the tape."""
 
     def __init__(
         self,
         source: Source,
         sites: Sequence[SiteTap],
+        tape: Tape,
         sender: FrameSender,
         roster: Roster,
     ) -> None:
         self._source = source
         self._sites = sites
-        self._readback = Readback(sites)
+        self._tape = tape
         self._sender = sender
         self._roster = roster
         self._kept: SlotCache | None = None
         self._block_size = 1
         self._known: set[str] = set()
         self._all_known: Sequence[str] = ()
-        """Requests of the last step, all of which the hub knows."""
+        """Requests of the last step: the hub knows all of them, or is told with the next frame."""
         self._known_earlier: set[str] = set()
         """Requests that a hub knew which is gone."""
         self._untold = _Told()
@@ -179,9 +161,12 @@ class Readout:
         self._overheads_ns: list[int] = []
         """Of the steps since the last frame."""
         self._held: ReadStep | None = None
-        self._run = DecodeRun()
-        self._told_ns = 0
-        """When a frame was last made."""
+        """Read, but not there yet, or not accepted yet."""
+        self._waiting: list[ReadStep] = []
+        self._num_kept = 0
+        """How many of those are kept by KV slot."""
+        self._due_ns = 0
+        """When what waits is to be told."""
 
     def keep(self, kept: SlotCache | None, block_size: int) -> None:
         """From now on keep activations by KV slot."""
@@ -196,25 +181,29 @@ class Readout:
 
         Only what a hub knows of is kept: none may ever take a frame again.
         """
+        if not self._untold.started.keys().isdisjoint(ended):
+            self.tell()
         if ended:
             self._all_known = ()
         for req_id, end in ended.items():
             self._untold.started.pop(req_id, None)
+            info = self._roster.info(req_id)
             if req_id in self._known:
                 self._known.remove(req_id)
-                self._untold.leaving[req_id] = self._roster.info(req_id), end
+                self._untold.leaving[req_id] = info, end
             elif req_id in self._known_earlier:
                 self._known_earlier.remove(req_id)
-                self._untold.resumed[req_id] = self._resumption(
-                    req_id, self._roster.info(req_id), end
-                )
+                self._untold.resumed[req_id] = self._resumption(req_id, info, end)
             else:
                 continue
             self._untold.ended.append(RequestEnd(req_id, end))
+            if info.stamp is not None and info.stamp.is_awaited:
+                self._due_ns = min(self._due_ns, time.monotonic_ns() + NEWS_WITHIN_NS)
 
     def change(self, req_id: str, position: int, stamp: Stamp) -> None:
         """A request's steering changed from ``position`` on."""
         if req_id in self._known or req_id in self._untold.started:
+            self.tell()  # what came before the change
             self._untold.changed.append(
                 SteeringChange(
                     req_id,
@@ -229,17 +218,21 @@ class Readout:
 
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Take the step's values: at once, or on a GPU in ``release``. Never raises."""
-        step = self._read(layout, steered_E)
-        if self._readback.is_deferred:
-            self._held = step
-        elif step is not None:
-            self._take(step)
+        self.hold(layout, steered_E)
+        if not self._tape.is_deferred:
+            self.release({})
 
     def hold(self, layout: StepLayout, steered_E: IntArray) -> None:
-        """Like ``emit``, once ``release`` says what was accepted."""
-        step = self._read(layout, steered_E)
-        is_copy = self._readback.is_deferred
-        self._held = step if is_copy or step is None else step.detached()
+        """Have the step taken once ``release`` says what was accepted."""
+        num_tokens = int(layout.query_start_loc[-1])
+        try:
+            members = self._roster.members(layout.req_ids)
+            row = self._tape.advance(num_tokens, bool(steered_E.size))
+        except Exception:
+            self._fail(num_tokens)
+            return
+        now_ns = time.monotonic_ns()
+        self._held = ReadStep(layout, num_tokens, steered_E, row, members, now_ns)
 
     def release(self, ends: Mapping[str, int]) -> None:
         """Take the step that was held, if there is one.
@@ -247,95 +240,125 @@ class Readout:
         ``ends``: of drafts, what was accepted; see ``StepNote``.
         """
         step, self._held = self._held, None
-        if step is None:
+        if step is not None:
+            self._take(step, ends)
+
+    def extend(self, plan: BatchPlan, steered_E: IntArray) -> None:
+        """The step went on from the last one: one more token of each request, steered alike."""
+        if len(self._waiting) == self._num_kept:
+            self.emit(plan.last, steered_E)
             return
-        self._readback.wait()
-        self._take(step.accepted(ends) if ends else step)
+        step = self._waiting[-1]
+        try:
+            self._tape.advance(step.num_each, bool(steered_E.size))
+        except Exception:
+            self._fail(step.num_each)
+            return
+        step.num_steps += 1
+        self._account()
+        if self._tape.is_full or time.monotonic_ns() >= self._due_ns:
+            self.tell()
 
     def settle(self) -> None:
-        """Tell of the steps that wait: what is known of their requests is about to change."""
-        for step in self._run.take():
-            self._tell(step)
+        """What is known of requests is about to change: keep what was read by KV slot."""
+        if self._kept is None:
+            return
+        for step in self._waiting[self._num_kept :]:
+            slots = self._roster.slots(step.members, step.layout, self._block_size, step.num_steps)
+            self._kept.write(slots, self._tape.values(step))
+        self._num_kept = len(self._waiting)
+
+    def tell(self) -> None:
+        """Tell of the steps that wait."""
+        steps = self._waiting
+        try:
+            if steps:
+                self._tape.wait()
+            self.settle()
+            readings = self._tape.readings(steps)
+        except Exception:
+            self._fail(sum(step.num_tokens for step in steps))
+            readings = []
+        self._waiting, self._num_kept = [], 0
+        for reading in readings:
+            self._send(reading)
+        if self._held is None:
+            self._tape.rewind()
 
     def flush(self) -> None:
         """Tell the hub what there is to tell when no token was computed."""
-        self.settle()
+        self.tell()
         self._account()
-        self._tell(ReadStep(EMPTY_LAYOUT, NO_VALUES, time.monotonic_ns()))
+        self._send(Reading(EMPTY_LAYOUT, NO_VALUES, time.monotonic_ns()))
 
     @property
     def has_news(self) -> bool:
         """Whether there is something to tell besides tokens of this step."""
-        waits = len(self._run) or self._sender.is_waiting
-        return bool(self._untold.ended or self._untold.changed or waits)
+        return bool(self._untold.ended or self._untold.changed or self._waiting)
 
-    def _read(self, layout: StepLayout, steered_E: IntArray) -> ReadStep | None:
-        num_tokens = int(layout.query_start_loc[-1])
-        try:
-            self._readback.start(num_tokens, bool(steered_E.size))
-            values = self._values(num_tokens, steered_E)
-        except Exception:
-            self._fail(num_tokens)
-            return None
-        return ReadStep(layout, values, time.monotonic_ns())
-
-    def _take(self, step: ReadStep) -> None:
-        """Tell of the step, or put it aside if more like it are to be expected soon."""
+    def _take(self, step: ReadStep, ends: Mapping[str, int]) -> None:
+        """Let the step wait for more to be told with it, if it may."""
         self._account()
-        if self._run and not self._run.goes_on_with(step):
-            self.settle()
-        is_due = step.read_ns - self._told_ns >= self._wait_ns(step.layout)
-        if not self._run and (is_due or not step.is_decode):
-            self._tell(step)
+        try:
+            self._start(step.layout)
+        except Exception:
+            self._fail(step.num_tokens)
             return
-        self._run.append(step)
-        if is_due:
-            self.settle()
-
-    def _wait_ns(self, layout: StepLayout) -> int:
-        """How long what there is to tell may wait for more."""
-        if not layout.req_ids:
-            return 0  # nobody computes: it may be long until there is more
-        untold = self._untold
-        is_news = untold.started or untold.ended or untold.changed
-        return NEWS_WITHIN_NS if is_news else TELL_EVERY_NS
+        if ends:
+            self.tell()
+            self._tell_accepted(step, ends)
+            return
+        self._waiting.append(step)
+        if self._tape.is_full or step.read_ns >= self._due_ns:
+            self.tell()
 
     def _account(self) -> None:
         """A step is over."""
         self._overheads_ns.append(self._overhead_ns)
         self._overhead_ns = 0
 
-    def _tell(self, step: ReadStep) -> None:
-        self._told_ns = time.monotonic_ns()
-        layout = step.layout
+    def _tell_accepted(self, step: ReadStep, ends: Mapping[str, int]) -> None:
         try:
-            if self._kept and layout.req_ids:
-                self._kept.write(self._roster.slots(layout, self._block_size), step.values)
-            if self._sender.has_lost_hub():
-                self._begin_anew()
-            self._start(layout)
-            sent = self._sender.send(encode(self._frame(step)), self._wait_ns(layout))
+            self._tape.wait()
+            read = self._tape.read(step).accepted(ends)
+            if self._kept is not None:
+                slots = self._roster.slots(step.members, read.layout, self._block_size)
+                self._kept.write(slots, read.values)
         except Exception:
             self._fail(step.num_tokens)
+        else:
+            self._send(read)
+        self._tape.rewind()
+
+    def _send(self, read: Reading) -> None:
+        try:
+            if self._sender.has_lost_hub():
+                self._begin_anew(read.layout)
+                self._start(read.layout)
+            sent = self._sender.send(encode(self._frame(read)))
+        except Exception:
+            self._fail(read.num_tokens)
             return
         self._overheads_ns.clear()
         self._step += 1
+        self._due_ns = time.monotonic_ns() + TELL_EVERY_NS
         if sent:
-            self._all_known = layout.req_ids
             self._known.update(self._untold.started)
             self._known_earlier.difference_update(self._untold.started)
             self._untold.clear()
-            self._told_tokens += step.num_tokens
+            self._told_tokens += read.num_tokens
         else:  # what is to be known of requests is told again with the next frame
-            self._lose(step.num_tokens)
+            self._lose(read.num_tokens)
 
-    def _begin_anew(self) -> None:
-        """The hub is gone, and whatever it knew with it."""
+    def _begin_anew(self, layout: StepLayout) -> None:
+        """The hub is gone, and whatever it knew with it. ``layout`` is told next."""
         self._known_earlier |= self._known
         self._known.clear()
         self._all_known = ()
+        told_next = dict(zip(layout.req_ids, layout.first_positions.tolist(), strict=True))
         for req_id, (info, end) in self._untold.leaving.items():
-            self._untold.resumed[req_id] = self._resumption(req_id, info, end)
+            position = told_next.get(req_id, end)
+            self._untold.resumed[req_id] = self._resumption(req_id, info, position)
         self._untold.leaving.clear()
 
     def _fail(self, num_tokens: int) -> None:
@@ -349,7 +372,7 @@ class Readout:
         self._dropped += 1
         self._dropped_tokens += num_tokens
 
-    def _frame(self, step: ReadStep) -> Frame:
+    def _frame(self, read: Reading) -> Frame:
         return Frame(
             version=FRAME_VERSION,
             catalog_digest=self._source.catalog_digest,
@@ -357,17 +380,17 @@ class Readout:
             engine=self._source.engine,
             rank=self._source.rank,
             step=self._step,
-            monotonic_ns=step.read_ns,
+            monotonic_ns=read.read_ns,
             overhead_ns=tuple(self._overheads_ns),
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
             started=(*self._untold.resumed.values(), *self._untold.started.values()),
             finished=tuple(self._untold.ended),
             changed=tuple(self._untold.changed),
-            request_ids=tuple(step.layout.req_ids),
-            query_start_loc=tuple(step.layout.query_start_loc.tolist()),
-            positions=tuple(step.layout.first_positions.tolist()),
-            sites=self._activations(step.values),
+            request_ids=tuple(read.layout.req_ids),
+            query_start_loc=tuple(read.layout.query_start_loc.tolist()),
+            positions=tuple(read.layout.first_positions.tolist()),
+            sites=self._activations(read.values),
             told_tokens=self._told_tokens,
         )
 
@@ -375,15 +398,19 @@ class Readout:
         """Requests the hub has not been told of, each with the first position it ever had."""
         if layout.req_ids == self._all_known:
             return
+        untold = self._untold
         for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
-            if req_id in self._known or req_id in self._untold.started:
+            if req_id in self._known or req_id in untold.started or req_id in untold.resumed:
                 continue
+            if any(end.request_id == req_id for end in untold.ended):
+                self.tell()  # the id comes back as another request
             info = self._roster.info(req_id)
-            self._untold.started[req_id] = (
+            untold.started[req_id] = (
                 self._resumption(req_id, info, position)
                 if req_id in self._known_earlier
                 else self._request_start(req_id, info, position)
             )
+        self._all_known = layout.req_ids
 
     def _resumption(self, req_id: str, info: RequestInfo, position: int) -> RequestStart:
         """For a hub that does not know the request; an earlier one knew it up to there."""
@@ -425,17 +452,6 @@ class Readout:
         if not known.any():
             return None
         return CachedActivations(known.tobytes(), self._activations(values))
-
-    def _values(self, num_tokens: int, steered: IntArray) -> Values:
-        # Where all tokens or none are steered, no copy is needed to tell them apart.
-        at = steered if 0 < len(steered) < num_tokens else slice(len(steered))
-        return Values(
-            steered,
-            [
-                SiteValues(host.acts[:num_tokens], host.deltas[at], host.doses[at])
-                for host in self._readback.sites
-            ],
-        )
 
     def _activations(self, values: Values) -> tuple[SiteActivations, ...]:
         """Of every site, or, in a step without tokens, of none."""

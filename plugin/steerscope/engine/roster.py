@@ -6,6 +6,7 @@ of the step, T tokens, B the most blocks a request can have.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,6 +44,16 @@ class _Member:
     info: RequestInfo
     row: int
     num_blocks: int
+    serial: int
+
+
+class Members(NamedTuple):
+    """Requests in turn, int64 [R]."""
+
+    rows_R: IntArray
+    """Of the block table."""
+    serials_R: IntArray
+    """A number of each one's own, which none has again."""
 
 
 class Roster:
@@ -52,8 +63,7 @@ class Roster:
         self._members: dict[str, _Member] = {}
         self._blocks_RB = np.zeros((1, 1), np.int32)
         self._free = [0]
-        self._order: tuple[Sequence[str], IntArray] = (), np.zeros(0, np.int64)
-        """Requests of the last step and their rows, until somebody comes or goes."""
+        self._serials = itertools.count()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -70,7 +80,8 @@ class Roster:
         for req_id, info, block_ids, _ in arrivals:
             known = self._members.get(req_id)
             row = known.row if known else self._row()
-            self._members[req_id] = _Member(info, row, 0)
+            serial = known.serial if known else next(self._serials)
+            self._members[req_id] = _Member(info, row, 0, serial)
             self._append(self._members[req_id], block_ids)
 
     def extend(self, blocks: Iterable[MoreBlocks]) -> None:
@@ -92,20 +103,20 @@ class Roster:
         for req_id in req_ids:
             member = self._members.pop(req_id, None)
             if member is not None:
-                self._order = (), np.zeros(0, np.int64)
                 self._free.append(member.row)
 
-    def slots(self, layout: StepLayout, block_size: int) -> IntArray:
-        """The KV slot of each token of the step, int64 [T]."""
-        rows_R = self._rows_of(layout.req_ids)
-        slots_T = np.empty(int(layout.query_start_loc[-1]), np.int64)
+    def slots(
+        self, members: Members, layout: StepLayout, block_size: int, num_steps: int = 1
+    ) -> IntArray:
+        """The KV slot of each token of the step, int64 [T].
+
+        Or of so many steps, one after the other, each a position further. ``members`` are those
+        of the step.
+        """
+        starts, positions = layout.query_start_loc, layout.first_positions
+        slots_T = np.empty(num_steps * int(starts[-1]), np.int64)
         loops.compiled().locate(
-            rows_R,
-            layout.query_start_loc,
-            layout.first_positions,
-            self._blocks_RB,
-            block_size,
-            slots_T,
+            members.rows_R, starts, positions, num_steps, self._blocks_RB, block_size, slots_T
         )
         return slots_T
 
@@ -116,11 +127,11 @@ class Roster:
         slots: IntArray = blocks * block_size + at % block_size
         return slots
 
-    def _rows_of(self, req_ids: Sequence[str]) -> IntArray:
-        if req_ids != self._order[0]:
-            rows_R = np.array([self._members[r].row for r in req_ids], np.int64)
-            self._order = req_ids, rows_R
-        return self._order[1]
+    def members(self, req_ids: Sequence[str]) -> Members:
+        """Those requests."""
+        found = [self._members[r] for r in req_ids]
+        rows_R = np.array([member.row for member in found], np.int64)
+        return Members(rows_R, np.array([member.serial for member in found], np.int64))
 
     def _append(self, member: _Member, block_ids: Sequence[int]) -> None:
         end = member.num_blocks + len(block_ids)

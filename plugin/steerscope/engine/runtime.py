@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steerscope.catalog.store import Catalog
-from steerscope.engine import loops, ops, wiring
+from steerscope.engine import loops, native, ops, tape, wiring
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, StepLayout, positions
 from steerscope.engine.readout import FrameSender, Readout, Source
@@ -28,6 +27,7 @@ from steerscope.engine.roster import NOTHING, Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
 from steerscope.engine.scheduling import StepNote
 from steerscope.engine.slots import KvGeometry, SlotCache
+from steerscope.engine.tape import Tape
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.steering import stamp as stamps
 from steerscope.steering.segments import Segment
@@ -92,24 +92,31 @@ class EngineRuntime:
         speculative: bool = False,
         instance: int = 0,
     ) -> None:
+        native.start()
         loops.start()
         num_rows = capacity.max_num_seqs * capacity.max_rows_per_request
         self._capacity = capacity
         self._ask_kv_geometry = kv_geometry
         self._speculative = speculative
-        self._step_rows = StepRows(capacity.max_num_tokens, device)
-        self._sites = [
-            SiteTap(catalog, key, self._step_rows, num_rows + 1, device)
-            for key in catalog.sites
-            if key.layer in layers
-        ]
+        keys = [key for key in catalog.sites if key.layer in layers]
+        max_waiting = tape.max_waiting(sum(len(catalog.sites[key]) for key in keys))
+        self._step_rows = StepRows(capacity.max_num_tokens, device, max_waiting=max_waiting)
+        self._sites = [SiteTap(catalog, key, self._step_rows, num_rows + 1, device) for key in keys]
         for tap in self._sites:
             _attach(layers[tap.key.layer], tap, f"{tap.key}@{instance}")
         self.roster = Roster()
         self._plan = BatchPlan(RowTable(num_rows), self.roster.info, self._write_row)
         # A pipeline stage without a site has nothing to tell either.
         self._readout = (
-            Readout(source, self._sites, sender, self.roster) if sender and self._sites else None
+            Readout(
+                source,
+                self._sites,
+                Tape(self._sites, self._step_rows, capacity.max_num_tokens),
+                sender,
+                self.roster,
+            )
+            if sender and self._sites
+            else None
         )
         self._canary = Canary(self._sites)
         self._kept: SlotCache | None = None
@@ -117,7 +124,8 @@ class EngineRuntime:
         """Between ``begin`` and ``finish``; what runs outside is no step of the scheduler's."""
         self._served_T: Tensor | None = None
         self._layout = EMPTY_LAYOUT
-        self._rows_T: IntArray = np.zeros(0, np.int64)
+        self._goes_on = False
+        """Whether the step is the next token of each of the last one's requests."""
 
     def announce(self) -> None:
         """Tell the hub that this worker is there, so that its series exist from the start."""
@@ -155,35 +163,44 @@ class EngineRuntime:
         ``served_T``: the positions that the runner itself computed, at least [T], or None.
         """
         began = time.perf_counter_ns()
-        self._layout = layout
-        self._served_T = served_T
-        self._rows_T = self._plan.rows(layout)
-        self._step_rows.stage(self._rows_T)
+        self._goes_on = not self._speculative and self._plan.goes_on(layout)
+        if self._goes_on:
+            self._step_rows.stage(self._plan.last_rows)
+        else:
+            self._layout = layout.settled()
+            self._step_rows.stage(self._plan.rows(self._layout))
         if self._canary:
-            self._canary.before(self._rows_T.size)
+            self._served_T = served_T
+            self._canary.before(int(self._layout_now.query_start_loc[-1]))
         if self._readout is not None:
             self._readout.charge(time.perf_counter_ns() - began)
 
     def finish(self) -> None:
         """Read the step out."""
         began = time.perf_counter_ns()
-        layout, self._layout = self._layout, EMPTY_LAYOUT
-        steered_E = self._step_rows.steered_E
         self.is_in_step = False
+        if self._canary and self._layout_now.req_ids:
+            self._canary.after(positions(self._layout_now), self._served_T)
+        steered_E = self._step_rows.steered_E
         self._step_rows.clear()
-        if self._rows_T.size and self._canary:
-            self._canary.after(positions(layout), self._served_T)
         if self._readout is not None:
-            self._read_out(self._readout, layout, steered_E)
+            if self._goes_on:
+                self._readout.extend(self._plan, steered_E)
+            else:
+                self._read_out(self._readout, self._layout, steered_E)
             self._readout.charge(time.perf_counter_ns() - began)
-        self._rows_T = self._rows_T[:0]
+        self._goes_on, self._layout = False, EMPTY_LAYOUT
 
     def abandon(self) -> None:
         """The step failed: nothing to read out, back to neutral."""
+        self.is_in_step = self._goes_on = False
         self._layout = EMPTY_LAYOUT
-        self.is_in_step = False
-        self._rows_T = self._rows_T[:0]
+        self._plan.break_off()
         self._step_rows.clear()
+
+    @property
+    def _layout_now(self) -> StepLayout:
+        return self._plan.last if self._goes_on else self._layout
 
     def _follow(self, news: StepNews) -> None:
         """Requests ended or came, or are not what they were."""
@@ -233,7 +250,7 @@ class EngineRuntime:
 
 def _attach(layer: nn.Module, tap: SiteTap, name: str) -> None:
     """Put the tap's ops into the layer's forward pass. Its write comes before other taps there."""
-    ops.register(name, tap)
-    wiring.attach(layer, tap.key.site, functools.partial(ops.tap, site=name))
+    call = ops.register(name, tap)
+    wiring.attach(layer, tap.key.site, functools.partial(call.tap, site=name))
     if tap.writes is not None:
-        wiring.attach(layer, tap.writes, functools.partial(ops.write, site=name))
+        wiring.attach(layer, tap.writes, functools.partial(call.write, site=name))

@@ -30,6 +30,10 @@ class StepNote(NamedTuple):
     """Requests new in this step, each with the positions whose KV came from elsewhere."""
 
 
+NO_NEWS = StepNote({}, {}, {}, {})
+"""The note of a step of which there is nothing to say; never written to."""
+
+
 class Running(Protocol):
     """What we need of a request that the scheduler holds."""
 
@@ -82,8 +86,10 @@ class SchedulerSide:
 
         ``restamp`` is called with (request, first position, stamp) for each change.
         """
-        if self._orders is not None:
+        if self._orders is not None and self._orders.is_open:
             self._changes.update(self._orders.due(stamps))
+        if not (self._ended or self._changes or self._speculative):
+            return NO_NEWS
         computed = {
             req_id: requests[req_id].num_computed_tokens
             for req_id in self._scheduled

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import wrapt
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -35,7 +34,7 @@ from steerscope.engine.scheduling import SchedulerSide, StepNote
 from steerscope.engine.slots import KvGeometry
 from steerscope.errors import SpecError, UnsupportedEngineError
 from steerscope.steering import exchange, segments, stamp, traceparent
-from steerscope.steering.admission import OUR_KEYS, STEERING_KEY
+from steerscope.steering.admission import OUR_KEYS, REPORT_KEY, STEERING_KEY
 
 if TYPE_CHECKING:
     from steerscope.steering.frontend import FrontEnd
@@ -133,10 +132,11 @@ def _patch(seam: Seam, callbacks: Callbacks, module: Any) -> None:
     if found is None or hasattr(found[2], _ORIGINAL):
         return
     owner, name, original = found
+    wrapper = seam.wrapper
 
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
-        return seam.wrapper(callbacks, original, *args, **kwargs)
+        return wrapper(callbacks, original, *args, **kwargs)
 
     setattr(patched, _ORIGINAL, original)
     setattr(owner, name, patched)
@@ -284,9 +284,17 @@ def _has_gaps(spec: Any) -> bool:
 def _news(scheduler_output: Any, geometry: KvGeometry | None) -> StepNews:
     """What a step's scheduler output says of requests, in our terms."""
     cached = scheduler_output.scheduled_cached_reqs
-    more = zip(cached.req_ids, cached.new_block_ids, strict=True)
     copies = getattr(scheduler_output, "kv_cache_block_copies", None) or ()
     note: StepNote = getattr(scheduler_output, _ATTRIBUTE)
+    are_more = cached.new_block_ids.count(None) != len(cached.new_block_ids)
+    if not (
+        are_more
+        or scheduler_output.finished_req_ids
+        or scheduler_output.scheduled_new_reqs
+        or copies
+    ):
+        return StepNews((), (), (), (), note)
+    more = zip(cached.req_ids, cached.new_block_ids, strict=True)
     return StepNews(
         ended=tuple(scheduler_output.finished_req_ids),
         arrivals=[
@@ -402,7 +410,10 @@ def _admit(
         request = original(self, request_id, prompt, params, *args, **kwargs)
         shown = served.headers if served is not None else ()
         traced = traceparent.of_request(getattr(request, "trace_headers", None), shown)
-        payload = front_end.stamp(request_id, asked, _num_prompt_tokens(request), traced)
+        is_awaited = REPORT_KEY in (params.extra_args or {})
+        payload = front_end.stamp(
+            request_id, asked, _num_prompt_tokens(request), traced, is_awaited
+        )
     except SpecError as error:
         raise _validation_error(error) from None
     # A copy: vLLM may share one params object between requests (skip_clone).
@@ -481,12 +492,13 @@ def _schedule(
     side = _side(self)
     if side is None:
         return original(self, *args, **kwargs)
-    restamp, stamps = functools.partial(_restamp, self), functools.partial(_stamps, self)
-    note = side.before_step(self.requests, restamp, stamps)
+    note = side.before_step(
+        self.requests, functools.partial(_restamp, self), functools.partial(_stamps, self)
+    )
     scheduler_output = original(self, *args, **kwargs)
     side.after_step(scheduler_output.num_scheduled_tokens)
     if self.connector is not None:
-        note.external.update(_external(self, scheduler_output))
+        note = note._replace(external=dict(_external(self, scheduler_output)))
     setattr(scheduler_output, _ATTRIBUTE, note)
     return scheduler_output
 
@@ -563,9 +575,9 @@ def _planned_v1(
         num_reqs = batch.num_reqs
         runtime.plan(
             StepLayout(
-                tuple(batch.req_ids),
-                self.query_start_loc.np[: num_reqs + 1].astype(np.int64),
-                batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64),
+                batch.req_ids,
+                self.query_start_loc.np[: num_reqs + 1],
+                batch.num_computed_tokens_cpu[:num_reqs],
             ),
             None if getattr(self, "uses_mrope", False) else self.positions,
         )
@@ -581,9 +593,9 @@ def _planned_v2(
         num_reqs = len(batch.req_ids)
         runtime.plan(
             StepLayout(
-                tuple(batch.req_ids),
-                batch.query_start_loc_np[: num_reqs + 1].astype(np.int64),
-                batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+                batch.req_ids,
+                batch.query_start_loc_np[: num_reqs + 1],
+                batch.num_computed_tokens_np[:num_reqs],
             ),
             None if getattr(self, "uses_mrope", False) else batch.positions,
         )

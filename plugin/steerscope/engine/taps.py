@@ -1,13 +1,15 @@
 """A site's buffers and what the op does with them.
 
-Shapes: T tokens of the step, T_max the most there can be, E of them steered, D model width,
-F features of the site, N of them in one TopK dictionary, S steering rows (row 0 neutral). Buffers
+Shapes: T tokens of the step, T_max the most there can be, E of them steered, N rows of the buffers,
+D model width, F features of the site, S steering rows (row 0 neutral). Buffers
 live as long as the engine and are never reallocated: their addresses may be captured in a CUDA
 graph.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,42 +23,56 @@ from torch import Tensor
 
 from steerscope.catalog.model import Activation, Feature, Site
 from steerscope.catalog.store import Catalog, SiteKey
-from steerscope.engine import loops, reference
+from steerscope.engine import native, ops, reference
 from steerscope.engine.reference import Encoder, TopK
 from steerscope.engine.tables import RowTables
 from steerscope.steering.interventions import Intervention
 
-SMALL_STEP = 1 << 19
-"""Multiplications up to which a loop reads a step: to call for BLAS costs more than it saves."""
-
 NO_TOKENS = np.zeros(0, np.int64)
+_aliases = itertools.count()
 
 
 class StepRows:
     """Which steering row each token of the step has; shared by all sites, neutral between steps.
 
     Args:
-        in_loops: whether sites visit the steered tokens alone, as they do on a CPU, or make no
-            difference between tokens, as a captured graph must.
+        is_native: whether sites may take the path of ``native``, which visits the steered tokens
+            alone, and not the one that makes no difference between tokens, as a captured graph
+            must; by default where there is such a path.
+        max_waiting: rows that steps may leave in the buffers before a step of the most tokens.
 
     Attributes:
+        num_rows: of the sites' buffers: on a CPU they hold what waits as well.
         steered_E: int64 [E] the tokens with a row above 0, on the host.
-        host_T: int64 [T] every token's row, on the host.
-        rows_T: int64 [T_max] the same on the device; 0 for unsteered, padded and dummy tokens.
-            Not kept up for loops.
+        rows_T: int64 [T_max] every token's row on the device; 0 for unsteered, padded and dummy
+            tokens. Kept up only while ``is_on_device``: native sites do without.
         scratch: float32 on the device, for what a site need not keep.
     """
 
     def __init__(
-        self, max_num_tokens: int, device: torch.device, in_loops: bool | None = None
+        self,
+        max_num_tokens: int,
+        device: torch.device,
+        is_native: bool | None = None,
+        max_waiting: int = 0,
     ) -> None:
-        self.in_loops = device.type == "cpu" if in_loops is None else in_loops
-        self.host_T = self.steered_E = self._last_E = NO_TOKENS
+        on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
+        self.library = native.library() if on_cpu and is_native is not False else None
+        self.native = native.Step()
+        self.num_rows = max_num_tokens + max_waiting * on_cpu
+        self.max_waiting = max_waiting
+        self.is_on_device = False
+        self._moves = on_cpu
+        self._last_T = self.steered_E = self._last_E = NO_TOKENS
         self.rows_T = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
-        on_gpu = device.type == "cuda"
         self._staged_T = torch.zeros(max_num_tokens, dtype=torch.int64, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.scratch = torch.empty(0, device=device)
+
+    def rows(self, num_tokens: int) -> slice:
+        """The step's rows of the sites' buffers; only on a CPU they move, as the tape says."""
+        first = int(self.native.first_row) if self._moves else 0
+        return slice(first, first + num_tokens)
 
     def reserve(self, shape: tuple[int, ...]) -> None:
         """Have at least so much float32 scratch, which sites use one after another."""
@@ -65,10 +81,15 @@ class StepRows:
 
     def stage(self, rows_np: npt.NDArray[np.int64]) -> None:
         """Set the step's rows; the very array of the step before says that they are the same."""
-        if rows_np is not self.host_T:
-            self.host_T, self._last_E = rows_np, np.flatnonzero(rows_np)
+        if rows_np is not self._last_T:
+            self._last_T, self._last_E = rows_np, np.flatnonzero(rows_np)
+            self.native.rows_T = self._last_T.ctypes.data
+            self.native.steered_E = self._last_E.ctypes.data
         self.steered_E = self._last_E
-        if self.steered_E.size and not self.in_loops:
+        if not self.steered_E.size:
+            return
+        self.native.num_steered = len(self.steered_E)
+        if self.is_on_device:
             if self._copied is not None:  # what the device has not fetched yet must stay
                 self._copied.synchronize()
             staged_T = self._staged_T[: rows_np.size]
@@ -81,7 +102,8 @@ class StepRows:
         """Back to neutral, so that profiling and dummy runs edit nothing."""
         if self.steered_E.size:
             self.steered_E = NO_TOKENS
-            if not self.in_loops:
+            self.native.num_steered = 0
+            if self.is_on_device:
                 self.rows_T.zero_()
 
 
@@ -94,15 +116,16 @@ class _Decoder:
 
 
 class SiteTap:
-    """One site of one engine: the callable behind ``steerscope::tap`` and ``steerscope::write``.
+    """One site of one engine: what the ops of its name do.
 
     Attributes:
-        acts_TF: float32 [T_max, F] activations before any edit; valid after the forward.
-        deltas_TF: float32 [T_max, F] the edits made; valid at steered tokens only.
-        doses_T: float32 [T_max] relative size of the edits, the larger one where the site
+        acts_TF: float32 [N, F] activations before any edit; those of the step, after the forward,
+            at ``StepRows.rows``.
+        deltas_TF: float32 [N, F] the edits made; valid at steered tokens only.
+        doses_T: float32 [N] relative size of the edits, the larger one where the site
             writes at two places; valid at steered tokens only.
         probe_D: float32 [D] what the site read at the step's first token, for the canary;
-            by loops only while ``is_probed``.
+            on a CPU only while ``is_probed``.
         encoder: the read half, as the op uses it.
         writes: the other site that some features write at, or None.
     """
@@ -114,7 +137,6 @@ class SiteTap:
         self.key = key
         self.name = str(key)
         self.features = features
-        self.is_probed = True
         self._step = step
         self.encoder = _encoder(catalog, features, device)
         self._here = _decoder(catalog, features, key.site, device)
@@ -124,41 +146,64 @@ class SiteTap:
             self._there = _decoder(catalog, features, site, device)
             self.writes = site if self._there else None
         self._tables = RowTables([feature.name for feature in features], num_rows, device)
-        shape = (step.rows_T.numel(), len(features))
+        shape = (step.num_rows, len(features))
         self.acts_TF = torch.zeros(shape, device=device)
         self.deltas_TF = torch.zeros(shape, device=device)
         self.doses_T = torch.zeros(shape[0], device=device)
         self.probe_D = torch.zeros(self.encoder.W_enc_DF.shape[0], device=device)
-        self._kernels = None if step.in_loops else self._triton(device)
-        if step.in_loops:
-            self._prepare_loops()
+        # The selection among a whole dictionary is PyTorch's.
+        library = None if self.encoder.dictionaries else step.library
+        self._native = self._as_native(library) if library else None
+        self._alias = f"{self.name}#{next(_aliases)}"
+        self.is_native_as(self._alias)
+        self._kernels = None if self._native else self._triton(device)
+        step.is_on_device |= self._native is None
+        self._is_probed = True
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether ``probe_D`` is kept up."""
+        return self._is_probed
+
+    @is_probed.setter
+    def is_probed(self, wanted: bool) -> None:
+        self._is_probed = wanted
+        if self._native is not None:
+            self._native.is_probed = wanted
+
+    def is_native_as(self, name: str) -> bool:
+        """Whether the native ops do for this site; if so they find it under ``name``."""
+        if self._native is None or self._step.library is None:
+            return False
+        self._step.library.register(name, self._native)
+        return True
+
+    def acts_of_step(self, num_tokens: int) -> Tensor:
+        """float32 [T, F], what was read of the step's tokens."""
+        return self.acts_TF[self._step.rows(num_tokens)]
 
     def __call__(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Read every token's features; edit ``hidden_TD`` in place where steering holds.
 
-        See ``reference``. Loops touch only the steered tokens; where the graph is captured every
-        token takes the same path and the neutral row leaves all bits as they are.
+        See ``reference``. Native code touches only the steered tokens; where the graph is captured
+        every token takes the same path and the neutral row leaves all bits as they are.
         """
-        if self._kernels is not None:
+        if self._native is not None:
+            ops.NATIVE.tap(hidden_TD, residual_TD, self._alias)
+        elif self._kernels is not None:
             self._launch(self._kernels, hidden_TD, residual_TD)
-            return
-        x_TD = self._read(hidden_TD, residual_TD)
-        if self.is_probed:
-            self.probe_D.copy_(x_TD[0])
-        if not self._step.in_loops:
-            self._edit_all(hidden_TD, x_TD)
-        elif self._step.steered_E.size:
-            self._edit_steered(hidden_TD, x_TD)
+        else:
+            self._run(hidden_TD, _stream(hidden_TD, residual_TD))
 
     def write(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Add what the site's transcoders write here; their edits were made at the site."""
         assert self._there is not None
-        if self._kernels is not None:
+        if self._native is not None:
+            ops.NATIVE.write(hidden_TD, residual_TD, self._alias)
+        elif self._kernels is not None:
             self._land_kernel(self._kernels, self._there, hidden_TD, residual_TD)
-        elif not self._step.in_loops:
+        elif not self._is_neutral:
             self._land_all(self._there, hidden_TD, _stream(hidden_TD, residual_TD))
-        elif self._step.steered_E.size:
-            self._land_steered(self._there, hidden_TD, _stream(hidden_TD, residual_TD))
 
     def write_row(
         self, row: int, interventions: list[Intervention], max_dose: float | None = None
@@ -166,35 +211,48 @@ class SiteTap:
         """Fill a steering row with the edits of this site; the rest of it is neutral."""
         self._tables.write(row, interventions, max_dose)
 
-    def _prepare_loops(self) -> None:
-        W_enc_DF, b_enc_F, threshold_F, dictionaries = self.encoder
-        self._deltas_np, self._doses_np = self.deltas_TF.numpy(), self.doses_T.numpy()
-        self._read_with = W_enc_DF.numpy(), b_enc_F.numpy(), threshold_F.numpy()
-        max_small = 0 if dictionaries else SMALL_STEP // W_enc_DF.numel()
-        self._small_x_TD = torch.zeros(min(max_small, len(self.acts_TF)), len(W_enc_DF))
-        self._acts_np, self._small_x_np = self.acts_TF.numpy(), self._small_x_TD.numpy()
+    @property
+    def _is_neutral(self) -> bool:
+        """Whether nothing is steered for sure: a graph that is captured must not ask."""
+        return self.acts_TF.is_cpu and not self._step.steered_E.size
 
-    def _read(self, hidden_TD: Tensor, residual_TD: Tensor | None) -> Tensor:
-        """Write the activations; return x."""
-        num_tokens = len(hidden_TD)
-        if (
-            not self._step.in_loops
-            or num_tokens > len(self._small_x_TD)
-            or residual_TD is None
-            or hidden_TD.dtype != torch.float32
-            or residual_TD.dtype != torch.float32
-        ):
-            x_TD = _stream(hidden_TD, residual_TD)
-            reference.encode(x_TD, self.encoder, self.acts_TF[:num_tokens])
-            return x_TD
-        loops.compiled().read(
-            hidden_TD.numpy(),
-            residual_TD.numpy(),
-            *self._read_with,
-            self._acts_np,
-            self._small_x_np,
+    def _run(self, hidden_TD: Tensor, x_TD: Tensor) -> None:
+        reference.encode(x_TD, self.encoder, self.acts_of_step(len(x_TD)))
+        if self.is_probed:
+            self.probe_D.copy_(x_TD[0])
+        if not self._is_neutral:
+            self._edit_all(hidden_TD, x_TD)
+
+    def _as_native(self, library: native.Library) -> native.Site:
+        W_enc_DF, b_enc_F, threshold_F, _ = self.encoder
+        tables = self._tables
+        arrays = {
+            "panels": library.panels(W_enc_DF.numpy()),
+            "b_enc_F": library.panels(b_enc_F.numpy()[None]),
+            "threshold_F": library.panels(threshold_F.numpy()[None]),
+            "acts_NF": self.acts_TF.numpy(),
+            "deltas_NF": self.deltas_TF.numpy(),
+            "doses_N": self.doses_T.numpy(),
+            "probe_D": self.probe_D.numpy(),
+            "edited_SF": tables.edited_SF,
+            "num_edited_S": tables.num_edited_S,
+            "gate_index_SF": tables.gate_index_SF,
+            "parameters_SPF": tables.parameters_SPF,
+            "max_dose_S": tables.max_dose_S,
+        }
+        places = {"here": self._here, "there": self._there}
+        return native.Site.made(
+            arrays,
+            width=len(W_enc_DF),
+            num_features=len(b_enc_F),
+            is_probed=True,
+            step=ctypes.pointer(self._step.native),
+            **{
+                name: native.decoder(each.W_dec_FD.numpy(), each.mine_F.numpy())
+                for name, each in places.items()
+                if each is not None
+            },
         )
-        return self._small_x_TD[:num_tokens]
 
     def _triton(self, device: torch.device) -> ModuleType | None:
         """The kernels, where they run and have all that the site needs."""
@@ -241,58 +299,17 @@ class SiteTap:
             self.doses_T,
         )
 
-    def _edit_steered(self, hidden_TD: Tensor, x_TD: Tensor) -> None:
-        step, tables = self._step, self._tables
-        loops.compiled().edit(
-            step.steered_E,
-            step.host_T,
-            tables.edited_SF,
-            tables.num_edited_S,
-            tables.parameters_SPF,
-            tables.gate_index_SF,
-            self._acts_np,
-            self._deltas_np,
-            self._doses_np,
-        )
-        if self._here is not None:
-            self._land_steered(self._here, hidden_TD, x_TD)
-
-    def _land_steered(self, decoder: _Decoder, hidden_TD: Tensor, y_TD: Tensor) -> None:
-        step, tables = self._step, self._tables
-        in_place = hidden_TD.dtype == torch.float32 and hidden_TD.is_contiguous()
-        num_steered = len(step.steered_E)
-        out_TD = hidden_TD if in_place else torch.zeros(num_steered, hidden_TD.shape[1])
-        loops.compiled().land(
-            step.steered_E,
-            step.host_T,
-            tables.edited_SF,
-            tables.num_edited_S,
-            tables.max_dose_S,
-            decoder.W_dec_FD.numpy(),
-            decoder.mine_F.numpy(),
-            y_TD.contiguous().numpy(),
-            self._deltas_np,
-            self._doses_np,
-            out_TD.numpy(),
-            step.steered_E if in_place else np.arange(num_steered),
-        )
-        if not in_place:
-            tokens = torch.from_numpy(step.steered_E)
-            hidden_TD[tokens] = (hidden_TD[tokens].float() + out_TD).to(hidden_TD.dtype)
-
     def _edit_all(self, hidden_TD: Tensor, x_TD: Tensor) -> None:
-        num_tokens = len(x_TD)
-        acts_TF = self.acts_TF[:num_tokens]
-        rows_TF = self._tables.rows.at(self._step.rows_T[:num_tokens])
-        self.deltas_TF[:num_tokens] = reference.edit(acts_TF, rows_TF)
-        self.doses_T[:num_tokens] = 0.0
+        here = self._step.rows(len(x_TD))
+        rows_TF = self._tables.rows.at(self._step.rows_T[: len(x_TD)])
+        self.deltas_TF[here] = reference.edit(self.acts_TF[here], rows_TF)
+        self.doses_T[here] = 0.0
         if self._here is not None:
             self._land_all(self._here, hidden_TD, x_TD)
 
     def _land_all(self, decoder: _Decoder, hidden_TD: Tensor, y_TD: Tensor) -> None:
-        num_tokens = len(y_TD)
-        rows_T = self._step.rows_T[:num_tokens]
-        delta_TF, doses_T = self.deltas_TF[:num_tokens], self.doses_T[:num_tokens]
+        here, rows_T = self._step.rows(len(y_TD)), self._step.rows_T[: len(y_TD)]
+        delta_TF, doses_T = self.deltas_TF[here], self.doses_T[here]
         written = reference.decode(
             delta_TF, decoder.W_dec_FD, y_TD, self._tables.rows.max_dose[rows_T]
         )

@@ -112,9 +112,17 @@ class FrontEnd:
             return await self._link.ask(ReportAsked(external_id, 0.0, True))
 
     def stamp(
-        self, external_id: str, asked: Asked | None, num_prompt_tokens: int, traceparent: str = ""
+        self,
+        external_id: str,
+        asked: Asked | None,
+        num_prompt_tokens: int,
+        traceparent: str = "",
+        is_awaited: bool = False,
     ) -> bytes:
-        """The bytes that travel with the request. A refusal is counted, then raised."""
+        """The bytes that travel with the request. A refusal is counted, then raised.
+
+        ``is_awaited``: a response waits for the request's report.
+        """
         try:
             made = self._admission.stamp(external_id, asked, num_prompt_tokens)
         except SpecError as error:
@@ -122,7 +130,8 @@ class FrontEnd:
             raise
         if asked is not None:
             self._link.admitted(external_id, made.policy, made.digest, asked.beaten)
-        return encode(msgspec.structs.replace(made, traceparent=traceparent))
+        made = msgspec.structs.replace(made, traceparent=traceparent, is_awaited=is_awaited)
+        return encode(made)
 
     def rejected(self, external_id: str, flag: object, error: SpecError) -> None:
         """Count a refusal under the policy's name if there is such a policy."""

@@ -42,6 +42,8 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
     """What the request itself asked for, a policy's name or ``inline``, if that was beaten."""
     traceparent: str = ""
     """The client's span, as ``steering.traceparent`` writes it, or empty."""
+    is_awaited: bool = False
+    """Whether a response waits for the request's report."""
 
     @property
     def current(self) -> tuple[Intervention, ...]:
@@ -72,6 +74,7 @@ class Stamp(msgspec.Struct, frozen=True, array_like=True):
             source,
             asked=self.policy if self.source in ASKED else self.asked,
             traceparent=self.traceparent,
+            is_awaited=self.is_awaited,
         )
 
 
