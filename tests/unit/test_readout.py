@@ -95,6 +95,7 @@ def step(readout, *members, steered_E=NO_TOKENS):
         readout.extend(readout.plan, steered_E)
     else:
         readout.plan.rows(made)
+        readout.meet(made)
         readout.emit(made, steered_E)
 
 
@@ -241,6 +242,7 @@ def test_steps_of_changing_crowds_are_told_as_one(readout, wire, site, patience)
             expected[key] = act.numpy().copy(), delta if t in step_rows.steered_E else 0.0
         steered_E = step_rows.steered_E
         step_rows.clear()
+        readout.meet(layout(*members))
         readout.emit(layout(*members), steered_E)
         at |= {name: first + n for name, first, n in members}
     readout.tell()
@@ -359,6 +361,7 @@ def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):
     step.stage(rows)
     tap(2 * torch.randn(6, 128, generator=torch.Generator().manual_seed(1)), None)
     readout._roster.arrive([Arrival("a", RequestInfo(None, 6), ())])
+    readout.meet(layout(("a", 0, 6)))
     readout.emit(layout(("a", 0, 6)), step.steered_E)
     (sent,) = wire.sent[0].sites
     tokens, deltas, doses = frames.edits(sent)

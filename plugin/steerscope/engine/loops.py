@@ -5,8 +5,8 @@ times dearer than in a benchmark of its own: one loop instead of six calls is wh
 
 They are for the batch plan and for the values that are kept by KV slot.
 
-Shapes: T tokens of the step, R its requests, E tokens that are steered, F features, S spans,
-N slots, B blocks of a request.
+Shapes: T tokens of the step, R its requests, E tokens that are steered, F features, N slots,
+M lines of K spans, B blocks of a request.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ UNKNOWN, FOREIGN, SEEN, EDITED = range(4)
 
 
 def _lay(
-    request_S: IntArray,
-    start_S: IntArray,
-    end_S: IntArray,
-    row_S: IntArray,
+    line_R: IntArray,
+    spans_MK3: IntArray,
     query_start_loc: IntArray,
     first_positions: IntArray,
     rows_T: IntArray,
@@ -40,15 +38,17 @@ def _lay(
 
     ``until_R`` becomes the least of itself and the first position where a row may be another.
     """
-    for s in range(len(request_S)):
-        r = request_S[s]
-        at, stop = first_positions[r], query_start_loc[r + 1]
-        offset = query_start_loc[r] - at
-        for t in range(max(start_S[s] + offset, query_start_loc[r]), min(end_S[s] + offset, stop)):
-            rows_T[t] = row_S[s]
-        for edge in (start_S[s], end_S[s]):
-            if at < edge < until_R[r]:
-                until_R[r] = edge
+    for r in range(len(line_R)):
+        if line_R[r] < 0:
+            continue
+        first, stop, at = query_start_loc[r], query_start_loc[r + 1], first_positions[r]
+        for k in range(spans_MK3.shape[1]):
+            begin, end, row = spans_MK3[line_R[r], k]
+            for t in range(max(begin - at + first, first), min(end - at + first, stop)):
+                rows_T[t] = row
+            for edge in (begin, end):
+                if at < edge < until_R[r]:
+                    until_R[r] = edge
 
 
 def _locate(
@@ -158,7 +158,7 @@ def _call_each(loops: Loops) -> None:
         np.zeros(1, np.float32),
         np.zeros(1, np.uint8),
     )
-    loops.lay(row, row, row, row, starts, row, row, row)
+    loops.lay(row, np.zeros((1, 1, 3), np.int64), starts, row, row, row)
     loops.locate(row, starts, row, 1, blocks, 1, row)
     loops.keep(row, table, table, state)
     loops.keep_edits(row, table, dose, table, dose, state)

@@ -57,22 +57,33 @@ def positions(layout: StepLayout) -> IntArray:
     return positions_T
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A request in the persistent batch, and the rows it holds."""
+class _SpanTable:
+    """The spans of each steered request, in a line of its own.
 
-    digests: frozenset[str]
-    spans: IntArray
-    """[3, spans]: positions ``[start, end)`` have a row."""
+    Attributes:
+        spans_MK3: int64, positions ``[start, end)`` and the row that they have; those after a
+            request's last one are empty.
+    """
 
+    def __init__(self) -> None:
+        self.spans_MK3 = np.zeros((1, 1, 3), np.int64)
+        self._free = [0]
 
-class _Spans(NamedTuple):
-    """The spans of all steered requests of a batch, int64 [S]; ``request_S`` is its place."""
+    def put(self, spans: Sequence[tuple[int, int, int]]) -> int:
+        """The line where they are now."""
+        num_lines, most, _ = self.spans_MK3.shape
+        more_lines, more_spans = num_lines * (not self._free), max(len(spans) - most, 0)
+        if more_lines or more_spans:
+            self.spans_MK3 = np.pad(self.spans_MK3, ((0, more_lines), (0, more_spans), (0, 0)))
+            self._free.extend(range(num_lines, num_lines + more_lines))
+        line = self._free.pop()
+        self.spans_MK3[line] = 0
+        self.spans_MK3[line, : len(spans)] = spans
+        return line
 
-    request_S: IntArray
-    start_S: IntArray
-    end_S: IntArray
-    row_S: IntArray
+    def take_back(self, line: int) -> None:
+        """Nobody needs the line any more."""
+        self._free.append(line)
 
 
 @dataclass(slots=True)
@@ -87,7 +98,7 @@ class _Decode:
     rows_R: IntArray
 
 
-NO_SPANS = _Spans(*(np.zeros(0, np.int64) for _ in range(4)))
+NO_LINE = -1
 ENDLESS = 1 << 62
 """The end of a span that has none."""
 
@@ -110,11 +121,15 @@ class BatchPlan:
         self._table = table
         self._lookup = lookup
         self._write_row = write_row
-        self._steered: dict[str, _Member] = {}
+        self._digests: dict[str, frozenset[str]] = {}
+        """Of the rows that each steered request of the batch holds."""
+        self._lines: dict[str, int] = {}
+        """Where its spans are."""
+        self._spans = _SpanTable()
+        self._line_R = np.zeros(0, np.int64)
         self._req_ids: frozenset[str] = frozenset()
         self._order: tuple[str, ...] | None = ()
         """Those of the last step in turn; None once what is known of them is out of date."""
-        self._spans = NO_SPANS
         self._neutral_T = np.zeros(0, np.int64)
         self._decode: _Decode | None = None
 
@@ -147,9 +162,10 @@ class BatchPlan:
         self._follow(tuple(layout.req_ids))
         starts, positions = layout.query_start_loc, layout.first_positions
         rows_T, until_R = self._neutral(int(starts[-1])), np.full(len(positions), ENDLESS)
-        if self._steered:
+        if self._lines:
             rows_T = np.zeros_like(rows_T)
-            loops.compiled().lay(*self._spans, starts, positions, rows_T, until_R)
+            lay = loops.compiled().lay
+            lay(self._line_R, self._spans.spans_MK3, starts, positions, rows_T, until_R)
         is_decode = 0 < len(rows_T) == len(positions)
         self._decode = (
             _Decode(list(layout.req_ids), starts, positions.copy(), until_R, rows_T)
@@ -187,7 +203,8 @@ class BatchPlan:
         for req_id in req_ids - self._req_ids:
             self._join(req_id)
         self._req_ids, self._order = req_ids, order
-        self._spans = self._spans_of(order)
+        if self._lines:
+            self._line_R = np.array([self._lines.get(r, NO_LINE) for r in order], np.int64)
 
     def _neutral(self, num_tokens: int) -> IntArray:
         """Of a step in which nothing is steered: the very array of the one before, if it does."""
@@ -195,18 +212,10 @@ class BatchPlan:
             self._neutral_T = np.zeros(num_tokens, np.int64)
         return self._neutral_T
 
-    def _spans_of(self, order: tuple[str, ...]) -> _Spans:
-        steered = self._steered
-        held = [(r, steered[i].spans) for r, i in enumerate(order) if i in steered]
-        if not held:
-            return NO_SPANS
-        request_S = np.repeat([r for r, _ in held], [spans.shape[1] for _, spans in held])
-        return _Spans(request_S, *np.concatenate([spans for _, spans in held], axis=1))
-
     def _leave(self, req_id: str) -> None:
-        member = self._steered.pop(req_id, None)
-        if member is not None:
-            for digest in member.digests:
+        if req_id in self._lines:
+            self._spans.take_back(self._lines.pop(req_id))
+            for digest in self._digests.pop(req_id):
                 self._table.release(digest)
 
     def _join(self, req_id: str) -> None:
@@ -220,7 +229,7 @@ class BatchPlan:
                 rows[segment.digest] = row
                 if fresh:
                     self._write_row(row, stamp, segment)
-        spans = [
-            (s.start, ENDLESS if s.end is None else s.end, rows[s.digest]) for s in stamp.segments
-        ]
-        self._steered[req_id] = _Member(frozenset(rows), np.array(spans, np.int64).T)
+        self._digests[req_id] = frozenset(rows)
+        self._lines[req_id] = self._spans.put(
+            [(s.start, ENDLESS if s.end is None else s.end, rows[s.digest]) for s in stamp.segments]
+        )

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import zmq
 
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, RequestInfo, StepLayout
-from steerscope.engine.roster import Roster
+from steerscope.engine.roster import NO_MEMBERS, Roster
 from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
 from steerscope.engine.tape import Reading, ReadStep, Tape
 from steerscope.engine.taps import SiteTap
@@ -148,8 +148,6 @@ class Readout:
         self._kept: SlotCache | None = None
         self._block_size = 1
         self._known: set[str] = set()
-        self._all_known: Sequence[str] = ()
-        """Requests of the last step: the hub knows all of them, or is told with the next frame."""
         self._known_earlier: set[str] = set()
         """Requests that a hub knew which is gone."""
         self._untold = _Told()
@@ -163,6 +161,8 @@ class Readout:
         self._held: ReadStep | None = None
         """Read, but not there yet, or not accepted yet."""
         self._waiting: list[ReadStep] = []
+        self._members = NO_MEMBERS
+        """The requests of the step."""
         self._num_kept = 0
         """How many of those are kept by KV slot."""
         self._due_ns = 0
@@ -183,8 +183,6 @@ class Readout:
         """
         if not self._untold.started.keys().isdisjoint(ended):
             self.tell()
-        if ended:
-            self._all_known = ()
         for req_id, end in ended.items():
             self._untold.started.pop(req_id, None)
             info = self._roster.info(req_id)
@@ -216,6 +214,14 @@ class Readout:
                 )
             )
 
+    def meet(self, layout: StepLayout) -> None:
+        """The step is about to run; those after it that go on from it are not told of."""
+        try:
+            self._members = self._roster.members(layout.req_ids)
+            self._start(layout)
+        except Exception:
+            self._fail(int(layout.query_start_loc[-1]))
+
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Take the step's values: at once, or on a GPU in ``release``. Never raises."""
         self.hold(layout, steered_E)
@@ -226,13 +232,12 @@ class Readout:
         """Have the step taken once ``release`` says what was accepted."""
         num_tokens = int(layout.query_start_loc[-1])
         try:
-            members = self._roster.members(layout.req_ids)
             row = self._tape.advance(num_tokens, bool(steered_E.size))
         except Exception:
             self._fail(num_tokens)
             return
         now_ns = time.monotonic_ns()
-        self._held = ReadStep(layout, num_tokens, steered_E, row, members, now_ns)
+        self._held = ReadStep(layout, num_tokens, steered_E, row, self._members, now_ns)
 
     def release(self, ends: Mapping[str, int]) -> None:
         """Take the step that was held, if there is one.
@@ -261,8 +266,9 @@ class Readout:
 
     def settle(self) -> None:
         """What is known of requests is about to change: keep what was read by KV slot."""
-        if self._kept is None:
+        if self._kept is None or self._num_kept == len(self._waiting):
             return
+        self._tape.wait()
         for step in self._waiting[self._num_kept :]:
             slots = self._roster.slots(step.members, step.layout, self._block_size, step.num_steps)
             self._kept.write(slots, self._tape.values(step))
@@ -299,11 +305,6 @@ class Readout:
     def _take(self, step: ReadStep, ends: Mapping[str, int]) -> None:
         """Let the step wait for more to be told with it, if it may."""
         self._account()
-        try:
-            self._start(step.layout)
-        except Exception:
-            self._fail(step.num_tokens)
-            return
         if ends:
             self.tell()
             self._tell_accepted(step, ends)
@@ -354,7 +355,6 @@ class Readout:
         """The hub is gone, and whatever it knew with it. ``layout`` is told next."""
         self._known_earlier |= self._known
         self._known.clear()
-        self._all_known = ()
         told_next = dict(zip(layout.req_ids, layout.first_positions.tolist(), strict=True))
         for req_id, (info, end) in self._untold.leaving.items():
             position = told_next.get(req_id, end)
@@ -396,7 +396,7 @@ class Readout:
 
     def _start(self, layout: StepLayout) -> None:
         """Requests the hub has not been told of, each with the first position it ever had."""
-        if layout.req_ids == self._all_known:
+        if self._known.issuperset(layout.req_ids):
             return
         untold = self._untold
         for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
@@ -410,7 +410,6 @@ class Readout:
                 if req_id in self._known_earlier
                 else self._request_start(req_id, info, position)
             )
-        self._all_known = layout.req_ids
 
     def _resumption(self, req_id: str, info: RequestInfo, position: int) -> RequestStart:
         """For a hub that does not know the request; an earlier one knew it up to there."""

@@ -44,7 +44,6 @@ class _Member:
     info: RequestInfo
     row: int
     num_blocks: int
-    serial: int
 
 
 class Members(NamedTuple):
@@ -56,6 +55,9 @@ class Members(NamedTuple):
     """A number of each one's own, which none has again."""
 
 
+NO_MEMBERS = Members(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 class Roster:
     """Requests by internal id, with a row of the block table each, which grows as needed."""
 
@@ -63,7 +65,10 @@ class Roster:
         self._members: dict[str, _Member] = {}
         self._blocks_RB = np.zeros((1, 1), np.int32)
         self._free = [0]
+        self._rows: dict[str, int] = {}
+        """Apart from the members, so that many are looked up at once."""
         self._serials = itertools.count()
+        self._serial_R = np.zeros(1, np.int64)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -78,10 +83,9 @@ class Roster:
     def arrive(self, arrivals: Iterable[Arrival]) -> None:
         """Take requests in, or anew."""
         for req_id, info, block_ids, _ in arrivals:
-            known = self._members.get(req_id)
-            row = known.row if known else self._row()
-            serial = known.serial if known else next(self._serials)
-            self._members[req_id] = _Member(info, row, 0, serial)
+            if (row := self._rows.get(req_id)) is None:
+                row = self._rows[req_id] = self._row()
+            self._members[req_id] = _Member(info, row, 0)
             self._append(self._members[req_id], block_ids)
 
     def extend(self, blocks: Iterable[MoreBlocks]) -> None:
@@ -103,7 +107,7 @@ class Roster:
         for req_id in req_ids:
             member = self._members.pop(req_id, None)
             if member is not None:
-                self._free.append(member.row)
+                self._free.append(self._rows.pop(req_id))
 
     def slots(
         self, members: Members, layout: StepLayout, block_size: int, num_steps: int = 1
@@ -129,9 +133,8 @@ class Roster:
 
     def members(self, req_ids: Sequence[str]) -> Members:
         """Those requests."""
-        found = [self._members[r] for r in req_ids]
-        rows_R = np.array([member.row for member in found], np.int64)
-        return Members(rows_R, np.array([member.serial for member in found], np.int64))
+        rows_R = np.array([*map(self._rows.__getitem__, req_ids)], np.int64)
+        return Members(rows_R, self._serial_R[rows_R])
 
     def _append(self, member: _Member, block_ids: Sequence[int]) -> None:
         end = member.num_blocks + len(block_ids)
@@ -144,5 +147,8 @@ class Roster:
         if not self._free:
             num_rows = len(self._blocks_RB)
             self._blocks_RB = np.pad(self._blocks_RB, ((0, num_rows), (0, 0)))
+            self._serial_R = np.pad(self._serial_R, (0, num_rows))
             self._free.extend(range(num_rows, len(self._blocks_RB)))
-        return self._free.pop()
+        row = self._free.pop()
+        self._serial_R[row] = next(self._serials)
+        return row

@@ -169,6 +169,8 @@ class EngineRuntime:
         else:
             self._layout = layout.settled()
             self._step_rows.stage(self._plan.rows(self._layout))
+            if self._readout is not None:
+                self._readout.meet(self._layout)
         if self._canary:
             self._served_T = served_T
             self._canary.before(int(self._layout_now.query_start_loc[-1]))

@@ -58,7 +58,9 @@ class StepRows:
     ) -> None:
         on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
         self.library = native.library() if on_cpu and is_native is not False else None
-        self.native = native.Step()
+        self._native_T, self._native_E = np.zeros((2, max_num_tokens), np.int64)
+        addresses = self._native_E.ctypes.data, self._native_T.ctypes.data
+        self.native = native.Step(0, 0, *addresses)
         self.num_rows = max_num_tokens + max_waiting * on_cpu
         self.max_waiting = max_waiting
         self.is_on_device = False
@@ -83,8 +85,8 @@ class StepRows:
         """Set the step's rows; the very array of the step before says that they are the same."""
         if rows_np is not self._last_T:
             self._last_T, self._last_E = rows_np, np.flatnonzero(rows_np)
-            self.native.rows_T = self._last_T.ctypes.data
-            self.native.steered_E = self._last_E.ctypes.data
+            self._native_T[: len(rows_np)] = rows_np
+            self._native_E[: len(self._last_E)] = self._last_E
         self.steered_E = self._last_E
         if not self.steered_E.size:
             return

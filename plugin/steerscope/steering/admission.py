@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
@@ -34,6 +35,9 @@ INLINE = "inline"
 UNKNOWN = "unknown"
 RESERVED_NAMES = frozenset({INLINE, UNKNOWN})
 """Policy labels that stand for something else; no policy may bear them."""
+
+MAX_CHECKED = 1024
+"""Specs that are remembered to be right."""
 
 NO_STEERING = SteeringSpec(interventions=())
 NO_TRAITS = Traits()
@@ -90,6 +94,8 @@ class Wanted(enum.IntEnum):
 def wanted(extra_args: Mapping[str, Any] | None) -> Wanted:
     """Read the report flag; raise ``SpecError`` unless it is one of the numbers above."""
     flag = (extra_args or {}).get(REPORT_KEY, 0)
+    if flag == 0 and not isinstance(flag, bool):
+        return Wanted.NOTHING
     if isinstance(flag, bool) or flag not in tuple(Wanted):
         raise SpecError(REPORT_KEY, "must be 0, 1 for the report or 2 for its activations too")
     return Wanted(flag)
@@ -119,6 +125,7 @@ class Admission:
         self._settings = settings
         self._policies = policies
         self._refused = refused
+        self._check = lru_cache(MAX_CHECKED)(partial(check_asked, catalog, settings))
 
     def resolve(
         self, extra_args: Mapping[str, Any] | None, traits: Traits = NO_TRAITS
@@ -156,7 +163,7 @@ class Admission:
             raise UnknownPolicyError(STEERING_KEY, reason)
         if self._refused:
             raise SpecError(STEERING_KEY, f"policy {ruled.policy!r} ({by}): {self._refused}")
-        check_asked(self._catalog, self._settings, policy.spec)
+        self._check(policy.spec)
         return Asked(policy.name, policy.spec, ruled.source, ruled.rule, beaten)
 
     def stamp(self, external_id: str, asked: Asked | None, num_prompt_tokens: int) -> Stamp:
@@ -192,7 +199,7 @@ class Admission:
             raise SpecError("", f"must be a policy name or a JSON string, got {kind}")
         text = flag.strip()
         asked = self._inline(text) if text.startswith("{") else self._named(text)
-        check_asked(self._catalog, self._settings, asked.spec)
+        self._check(asked.spec)
         return asked
 
     def _inline(self, text: str) -> Asked:

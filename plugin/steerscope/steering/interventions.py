@@ -59,6 +59,9 @@ class When(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     below: float | None = None
 
 
+_OPS = tuple((op, op.value) for op in Op)
+
+
 class Intervention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One edit of one feature.
 
@@ -81,16 +84,17 @@ class Intervention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     @property
     def op(self) -> Op:
         """The one operation that is set (call ``check`` first)."""
-        return next(op for op in Op if getattr(self, op.value) is not None)
+        return next(op for op, field in _OPS if getattr(self, field) is not None)
 
     @property
     def value(self) -> float:
         """The operation's number; 0.0 for ``ablate``."""
-        return float(getattr(self, self.op.value)) if self.op is not Op.ABLATE else 0.0
+        op = self.op
+        return float(getattr(self, op)) if op is not Op.ABLATE else 0.0
 
     def check(self) -> None:
         """Raise ``SpecError`` unless the edit is well formed by itself."""
-        ops = [op for op in Op if getattr(self, op.value) is not None]
+        ops = [op for op, field in _OPS if getattr(self, field) is not None]
         if len(ops) != 1:
             named = ", ".join(ops) or "none"
             raise SpecError("", f"exactly one of {', '.join(Op)} is needed, got {named}")

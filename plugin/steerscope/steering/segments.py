@@ -9,6 +9,7 @@ in the prefix cache.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import msgspec
 
@@ -110,6 +111,7 @@ def _merge(pieces: list[_Piece]) -> list[_Piece]:
     return merged
 
 
+@lru_cache(maxsize=4096)
 def _digest(
     catalog_digest: str,
     interventions: tuple[Intervention, ...],
