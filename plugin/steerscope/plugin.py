@@ -86,6 +86,10 @@ def launched(vllm_config: Any) -> None:
     settings = config.named(settings, seams.served_name(vllm_config))
     vllm_config.additional_config[config.ADDITIONAL_CONFIG_KEY] = config.to_tree(settings)
     _ensure_hub(settings)
+    if seams.is_on_cpu(vllm_config):
+        from steerscope.engine import native
+
+        native.start()  # workers will look for it when their model is loaded
 
 
 def front_end(vllm_config: Any) -> FrontEnd | None:

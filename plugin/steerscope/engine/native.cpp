@@ -60,9 +60,9 @@ std::unordered_map<std::string, const Site*> sites;
 
 // A panel is two vectors; so many tokens at a time keep their sums in registers.
 #if defined(__AVX512F__)
-constexpr int64_t LANES = 16, TOKENS = 4;
+constexpr int64_t LANES = 16, TOKENS = 8;
 #else
-constexpr int64_t LANES = 8, TOKENS = 2;
+constexpr int64_t LANES = 8, TOKENS = 4;
 #endif
 constexpr int64_t PANEL = 2 * LANES;
 constexpr int64_t CHUNK_FLOATS = 1 << 16;  // of x at a time: what a second-level cache holds
@@ -127,6 +127,16 @@ void encode_panel(const Site& site, int64_t panel, const float* x_TD, float* act
   }
 }
 
+// Of ``num`` tokens from ``t`` on, NUM at a time, and the rest by fewer. A token's sums are made in
+// the same order whoever stands beside it.
+template <int64_t NUM>
+void encode_panel(
+    const Site& site, int64_t panel, const float* x_TD, float* acts_TF, int64_t t, int64_t num) {
+  for (; t + NUM <= num; t += NUM)
+    encode_panel<NUM>(site, panel, x_TD + t * site.width, acts_TF + t * site.num_features);
+  if constexpr (NUM > 1) encode_panel<NUM / 2>(site, panel, x_TD, acts_TF, t, num);
+}
+
 template <typename H, typename R>
 void encode(const Site& site, const Stream<H, R>& stream, float* acts_TF) {
   const int64_t width = site.width, num_features = site.num_features;
@@ -138,15 +148,9 @@ void encode(const Site& site, const Stream<H, R>& stream, float* acts_TF) {
     for (int64_t first = begin; first < end; first += chunk) {
       const int64_t num = std::min(chunk, end - first);
       for (int64_t t = 0; t < num; t++) stream.read(first + t, x_TD.data() + t * width);
-      for (int64_t panel = 0; panel < num_panels; panel++) {
-        int64_t t = 0;
-        for (; t + TOKENS <= num; t += TOKENS)
-          encode_panel<TOKENS>(
-              site, panel, x_TD.data() + t * width, acts_TF + (first + t) * num_features);
-        for (; t < num; t++)
-          encode_panel<1>(
-              site, panel, x_TD.data() + t * width, acts_TF + (first + t) * num_features);
-      }
+      for (int64_t panel = 0; panel < num_panels; panel++)
+        encode_panel<TOKENS>(
+            site, panel, x_TD.data(), acts_TF + first * num_features, 0, num);
     }
   });
 }

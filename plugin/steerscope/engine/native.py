@@ -8,10 +8,10 @@ of ``reference``, which is as exact and slower.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
-import os
 import platform
 import subprocess
 import tempfile
@@ -96,9 +96,12 @@ class Library:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         self._functions = ctypes.CDLL(str(path))
         self._functions.steerscope_panel.restype = ctypes.c_int64
+        self._sites: dict[str, Site] = {}
+        """Kept, since the library only has their addresses."""
 
     def register(self, name: str, site: Site) -> None:
-        """Make ``site`` the one that the ops find under ``name``; it must be kept."""
+        """Make ``site`` the one that the ops find under ``name``."""
+        self._sites[name] = site
         self._functions.steerscope_register(name.encode(), ctypes.byref(site))
 
     def panels(self, columns_KF: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -138,25 +141,28 @@ def _told(error: Exception) -> str:
 
 
 def _built(compiler: str) -> Path:
-    """The library's file, which another process may be building as well."""
+    """The library's file; processes that want it at once wait for the one that builds it."""
     folder = config.cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="steerscope-"))
     path = folder / f"native-{_digest(compiler)}.so"
-    if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as made:
-            pass
-        try:
-            command = _command(compiler, made.name)
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
-            )
-            os.replace(made.name, path)
-        finally:
-            Path(made.name).unlink(missing_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _build(compiler, path)
     return path
+
+
+def _build(compiler: str, path: Path) -> None:
+    unfinished = path.with_suffix(".part")
+    command = _command(compiler, str(unfinished))
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _command(compiler: str, target: str) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from steerscope.catalog.store import Catalog
-from steerscope.engine import loops, native, ops, tape, wiring
+from steerscope.engine import loops, ops, tape, wiring
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, StepLayout, positions
 from steerscope.engine.readout import FrameSender, Readout, Source
@@ -92,7 +92,6 @@ class EngineRuntime:
         speculative: bool = False,
         instance: int = 0,
     ) -> None:
-        native.start()
         loops.start()
         num_rows = capacity.max_num_seqs * capacity.max_rows_per_request
         self._capacity = capacity

@@ -234,6 +234,11 @@ def has_external_kv(vllm_config: Any) -> bool:
     return vllm_config.kv_transfer_config is not None
 
 
+def is_on_cpu(vllm_config: Any) -> bool:
+    """Whether the model runs on a CPU."""
+    return bool(vllm_config.device_config.device_type == "cpu")
+
+
 def is_speculative(vllm_config: Any) -> bool:
     """Whether steps hold drafts."""
     return vllm_config.speculative_config is not None

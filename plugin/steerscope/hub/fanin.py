@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from itertools import chain
 
 import zmq
 
@@ -44,7 +43,7 @@ class FanIn:
         try:
             while True:
                 came.clear()
-                for payload in chain.from_iterable(self._waiting()):
+                for payload in self._waiting():
                     now_ns = time.monotonic_ns()
                     stale_ns = now_ns - self._max_wait_ns
                     self._observer.take(payload, now_ns, stale_ns if stale_ns > began_ns else 0)
@@ -53,11 +52,11 @@ class FanIn:
         finally:
             loop.remove_reader(self._socket)
 
-    def _waiting(self) -> Iterator[list[bytes]]:
-        """Frames by message, until there is none: only then the socket tells of more."""
+    def _waiting(self) -> Iterator[bytes]:
+        """Frames, until there is none: only then the socket tells of more."""
         while True:
             try:
-                yield self._socket.recv_multipart(zmq.DONTWAIT)
+                yield self._socket.recv(zmq.DONTWAIT)
             except zmq.Again:
                 return
 
