@@ -353,6 +353,25 @@ def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
     assert wire.sent == []
 
 
+def test_a_step_that_is_lost_is_counted_and_those_around_it_are_told(
+    readout, wire, patience, monkeypatch
+):
+    emit(readout, ("a", 0, 4), ("b", 10, 4))
+    decode(readout, 4)
+
+    def fails(*args):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(readout._tape, "advance", fails)
+        decode(readout, 5)
+    decode(readout, 6)
+    decode(readout, 7)
+    readout.tell()
+    told = [(f.positions, f.query_start_loc, f.dropped_tokens) for f in wire.sent[1:]]
+    assert told == [((4, 14), (0, 1, 2), 2), ((6, 16), (0, 2, 4), 2)]
+
+
 def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):
     tap, step = site
     gated = '{"feature": "unit_1", "clamp": 4.0, "when": {"feature": "probe_1", "above": 0.0}}'

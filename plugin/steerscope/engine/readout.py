@@ -231,13 +231,9 @@ class Readout:
     def hold(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Have the step taken once ``release`` says what was accepted."""
         num_tokens = int(layout.query_start_loc[-1])
-        try:
-            row = self._tape.advance(num_tokens, bool(steered_E.size))
-        except Exception:
-            self._fail(num_tokens)
-            return
-        now_ns = time.monotonic_ns()
-        self._held = ReadStep(layout, num_tokens, steered_E, row, self._members, now_ns)
+        if (row := self._advance(num_tokens, steered_E)) is not None:
+            now_ns = time.monotonic_ns()
+            self._held = ReadStep(layout, num_tokens, steered_E, row, self._members, now_ns)
 
     def release(self, ends: Mapping[str, int]) -> None:
         """Take the step that was held, if there is one.
@@ -254,10 +250,7 @@ class Readout:
             self.emit(plan.last, steered_E)
             return
         step = self._waiting[-1]
-        try:
-            self._tape.advance(step.num_each, bool(steered_E.size))
-        except Exception:
-            self._fail(step.num_each)
+        if self._advance(step.num_each, steered_E) is None:
             return
         step.num_steps += 1
         self._account()
@@ -301,6 +294,15 @@ class Readout:
     def has_news(self) -> bool:
         """Whether there is something to tell besides tokens of this step."""
         return bool(self._untold.ended or self._untold.changed or self._waiting)
+
+    def _advance(self, num_tokens: int, steered_E: IntArray) -> int | None:
+        """The row of the tape where the step is; None if it is lost, and then nothing waits."""
+        try:
+            return self._tape.advance(num_tokens, bool(steered_E.size))
+        except Exception:
+            self._fail(num_tokens)
+            self.tell()
+            return None
 
     def _take(self, step: ReadStep, ends: Mapping[str, int]) -> None:
         """Let the step wait for more to be told with it, if it may."""
