@@ -1,10 +1,11 @@
 """The wire between the engine's workers and the hub: a frame for each step, or for several.
 
 Steps that follow each other may come as one frame, in which each request's tokens stand in one
-piece; a request that ended in between has its end in the same frame. Encoded with msgspec (MessagePack), typed and versioned; arrays travel as
-raw little-endian bytes. Shapes: R requests in the frame, T their tokens, F features of a site, E
-edits made. Tokens of request r are ``query_start_loc[r]`` to ``query_start_loc[r + 1]``; its first
-token here has position ``positions[r]``.
+piece; a request that ended in between has its end in the same frame. Encoded with msgspec
+(MessagePack), typed and versioned; arrays travel as raw little-endian bytes. Shapes: R requests in
+the frame, T their tokens, F features of a site, E edits made. Tokens of request r are
+``query_start_loc[r]`` to ``query_start_loc[r + 1]``; its first token here has position
+``positions[r]``.
 """
 
 from __future__ import annotations
