@@ -207,7 +207,49 @@ def test_finished_reports_take_so_many_bytes_and_the_newest_stays(make_ledger, c
             ledger.feed(frame(catalog, finished=(name,)), 1.0)
         assert "".join(name for name in "abcde" if ledger.report(name)) == kept
     ledger.expire(1e6)
-    assert ledger._finished_bytes == 0
+    assert ledger._room.num_taken == 0
+
+
+def test_where_there_is_no_room_what_runs_keeps_no_more_and_its_signals_stay_exact(
+    make_ledger, catalog
+):
+    whole, short = make_ledger(), make_ledger(max_bytes=2000)
+    for ledger in (whole, short):
+        for position in range(0, 300, 3):
+            told = frame(
+                catalog,
+                ("a", position, 3),
+                acts=ramp(position, 3),
+                started=(start("a", 2),) if not position else (),
+            )
+            ledger.feed(told, 1.0)
+        assert ledger.report("a")[0].num_observed == 300
+    (kept,), (cut,) = whole.report("a"), short.report("a")
+    assert kept.unobserved() == {}
+    num_cut = cut.unobserved()[Unobserved.OVER_LIMIT]
+    assert 0 < num_cut < 300
+    values = [track.runs("known")[0][1].tolist() for track in (kept, cut)]
+    assert values[1] == values[0][: 300 - num_cut]
+    assert 0 < short._room.num_taken <= 2000
+    for ledger in (whole, short):
+        ledger.feed(frame(catalog, finished=("a",)), 1.0)
+    assert scores(cut) == scores(kept)
+    assert scores(cut)["in_answer"].score is not None
+
+
+def test_what_ended_makes_room_for_what_runs(make_ledger, catalog):
+    ledger = make_ledger(max_bytes=20_000)
+    for i in range(12):
+        name = f"r{i}"
+        ledger.feed(frame(catalog, (name, 0, 9), acts=ramp(0, 9), started=(start(name, 9),)), 1.0)
+        ledger.feed(frame(catalog, finished=(name,)), 1.0)
+    assert ledger._room.num_taken <= 20_000
+    before = sum(bool(ledger.report(f"r{i}")) for i in range(12))
+    long = frame(catalog, ("long", 0, 1000), acts=ramp(0, 1000), started=(start("long", 9),))
+    ledger.feed(long, 1.0)
+    assert sum(bool(ledger.report(f"r{i}")) for i in range(12)) < before
+    assert ledger.report("r11")
+    assert ledger.report("long")[0].unobserved() == {}
 
 
 def test_a_finished_report_is_forgotten_after_its_time(make_ledger, catalog):

@@ -7,8 +7,9 @@ columns are adjacent too.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -139,10 +140,18 @@ AnyArray = TypeVar("AnyArray", BoolArray, FloatArray)
 _FIRST_ROWS = 64
 
 
-def grown(rows: AnyArray, num_rows: int) -> AnyArray:
-    """``rows`` with room for ``num_rows`` of them: doubled when short, new ones zero."""
+def grown(
+    rows: AnyArray, num_rows: int, take: Callable[[int], bool] = lambda num_bytes: True
+) -> AnyArray:
+    """``rows`` with room for ``num_rows`` of them: doubled when short, new ones zero.
+
+    Or as they are, if ``take`` does not grant the bytes.
+    """
     if num_rows <= len(rows):
         return rows
-    larger = np.zeros((max(_FIRST_ROWS, 2 * len(rows), num_rows), *rows.shape[1:]), rows.dtype)
+    shape = (max(_FIRST_ROWS, 2 * len(rows), num_rows), *rows.shape[1:])
+    if not take(math.prod(shape) * rows.itemsize - rows.nbytes):
+        return rows
+    larger = np.zeros(shape, rows.dtype)
     larger[: len(rows)] = rows
     return larger

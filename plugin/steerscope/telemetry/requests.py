@@ -15,6 +15,7 @@ import numpy as np
 
 from steerscope.telemetry.columns import Block, BoolArray, Columns
 from steerscope.telemetry.frames import Frame, RequestEnd, RequestStart, without_activations
+from steerscope.telemetry.room import Room
 from steerscope.telemetry.tracks import EngineKey, RequestTrack, Score, Unobserved
 
 TrackKey = tuple[EngineKey, str]
@@ -24,7 +25,8 @@ TrackKey = tuple[EngineKey, str]
 class Limits:
     """What the ledger may hold. ``max_tracks`` evicts the oldest, finished ones first.
 
-    ``max_bytes`` evicts the oldest finished ones, but the newest stays.
+    ``max_bytes`` evicts the oldest finished ones, but the newest stays; where that is not enough,
+    those that run keep no more values than they have.
     """
 
     max_tracks: int
@@ -87,7 +89,7 @@ class RequestLedger:
         self._score = score
         self._running: dict[TrackKey, RequestTrack] = {}
         self._finished: dict[TrackKey, RequestTrack] = {}
-        self._finished_bytes = 0
+        self._room = Room(limits.max_bytes, self._free)
         self._by_external_id: dict[str, list[RequestTrack]] = {}
         self._ranks: dict[EngineKey, set[int]] = {}
         self._serials = count(1)
@@ -161,7 +163,8 @@ class RequestLedger:
                 return
             self._forget(key, self._finished)
         self._make_room()
-        track = RequestTrack(start, step.key, self._columns, self._limits.max_tokens_per_track, now)
+        limit = self._limits.max_tokens_per_track
+        track = RequestTrack(start, step.key, self._columns, limit, now, self._room.take)
         track.serial = next(self._serials)
         self._running[key] = track
         self._by_external_id.setdefault(start.external_id, []).append(track)
@@ -209,10 +212,16 @@ class RequestLedger:
             if track.ended_at >= self._ranks[step.key]:
                 track.finish(self._score(track), now)
                 self._finished[key] = self._running.pop(key)
-                self._finished_bytes += track.num_bytes
+                self._room.charge(track.num_bytes - track.num_taken)
+                track.num_taken = track.num_bytes
                 step.finished.append(track)
-        while self._finished_bytes > self._limits.max_bytes and len(self._finished) > 1:
-            self._forget(next(iter(self._finished)), self._finished)
+
+    def _free(self) -> bool:
+        """Forget the oldest that finished, but for the newest."""
+        if len(self._finished) < 2:
+            return False
+        self._forget(next(iter(self._finished)), self._finished)
+        return True
 
     def _make_room(self) -> None:
         while len(self._running) + len(self._finished) >= self._limits.max_tracks:
@@ -221,8 +230,7 @@ class RequestLedger:
 
     def _forget(self, key: TrackKey, tracks: dict[TrackKey, RequestTrack]) -> None:
         track = tracks.pop(key)
-        if tracks is self._finished:
-            self._finished_bytes -= track.num_bytes
+        self._room.give(track.num_taken)
         siblings = self._by_external_id[track.start.external_id]
         siblings.remove(track)
         if not siblings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from steerscope.telemetry.columns import BoolArray, FloatArray, grown
@@ -13,7 +15,8 @@ class SteeredTokens:
     A dose is one token's at one site: the norm of the change over the norm of the residual.
     """
 
-    def __init__(self, num_features: int, limit: int) -> None:
+    def __init__(self, num_features: int, limit: int, take: Callable[[int], bool]) -> None:
+        self._take = take
         self.num_tokens = 0
         self.first_position = -1
         self.last_position = -1
@@ -45,7 +48,10 @@ class SteeredTokens:
         """Take the edits of tokens from ``position`` on; only ``fresh`` ones add doses."""
         stop = position + len(deltas_nF)
         self._changed_N = grown(self._changed_N, stop)
-        self._deltas_NF = grown(self._deltas_NF, min(stop, self._limit))
+        wanted = min(stop, self._limit)
+        self._deltas_NF = grown(self._deltas_NF, wanted, self._take)
+        if wanted > len(self._deltas_NF):
+            self._limit = len(self._deltas_NF)
         kept = min(max(self._limit - position, 0), len(deltas_nF))
         self._deltas_NF[position : position + kept, columns] = deltas_nF[:kept]
         changed = deltas_nF.any(axis=1)

@@ -1,8 +1,9 @@
 """What was seen of one sequence: every position at most once, the newest value kept.
 
 Shapes: N positions, n tokens just added, F features of the catalog, C of them that a signal
-reads, S sites. Positions beyond the limit are observed and reduced like all others: of their
-values only those that signals read are kept, and only until the sequence ends.
+reads, S sites. Positions beyond the limit (where room ran out, if that came first) are observed and
+reduced like all others: of their values only those that signals read are kept, and only until the
+sequence ends.
 
 Nearly all tokens come one by one, new and of every site at once. Of these a track only keeps
 the row, and files ``MAX_UNFILED`` of them together, or whatever there is when it is asked.
@@ -11,6 +12,7 @@ the row, and files ``MAX_UNFILED`` of them together, or whatever there is when i
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -87,11 +89,17 @@ class RequestTrack:
 
     ``end`` is one past the last position known to have been computed; ``tail_lost`` says
     that frames were dropped after it, so that there may have been more. ``serial`` tells the
-    tracks of one ledger apart, for good.
+    tracks of one ledger apart, for good. ``take`` grants bytes for values, or not.
     """
 
     def __init__(
-        self, start: RequestStart, key: EngineKey, columns: Columns, limit: int, now: float
+        self,
+        start: RequestStart,
+        key: EngineKey,
+        columns: Columns,
+        limit: int,
+        now: float,
+        take: Callable[[int], bool],
     ) -> None:
         self.start = start
         self.key = key
@@ -111,7 +119,10 @@ class RequestTrack:
         self.scores: tuple[Score, ...] = ()
         self.policy, self.digest, self.changed_at = start.policy, start.digest, 0
         self.source, self.rule, self.asked = start.source, start.rule, start.asked
-        self.steered = SteeredTokens(len(columns.features), limit)
+        self._take = take
+        self.num_taken = 0
+        """Bytes of the ledger's room."""
+        self.steered = SteeredTokens(len(columns.features), limit, self._takes)
         self.interventions = _interventions(start.interventions)
         self._limit = limit
         self._passes: list[Pass] = []
@@ -285,7 +296,15 @@ class RequestTrack:
 
     def _make_room(self, stop: int) -> None:
         self._seen_NS = grown(self._seen_NS, stop)
-        self._acts_NF = grown(self._acts_NF, min(stop, self._limit))
+        wanted = min(stop, self._limit)
+        self._acts_NF = grown(self._acts_NF, wanted, self._takes)
+        if wanted > len(self._acts_NF):  # there is no room: from here on values are not kept
+            self._limit = len(self._acts_NF)
+
+    def _takes(self, num_bytes: int) -> bool:
+        is_granted = self._take(num_bytes)
+        self.num_taken += num_bytes * is_granted
+        return is_granted
 
     def _note_pass(self, sites: slice, position: int, stop: int) -> None:
         for newest in reversed(self._passes):

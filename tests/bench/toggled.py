@@ -1,0 +1,150 @@
+"""What a decoding step costs, in one engine that has Steerscope and has it not, in turn.
+
+    python tests/bench/toggled.py [--models demo medium] [--columns observe-64 ...] [--seconds 20]
+
+Two processes that do the same differ by percents, depending on where their memory happens to lie;
+one process does not differ from itself. A few steps with Steerscope, as many without (the
+wrappers stay and pass on at once, the ops find a site without features), in turn; requests neither
+come nor end. Ratios are without over with: throughput, 1 is no cost. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ratios
+from bench import CONCURRENCY, ENGINE_ARGS, spec
+from engine_child import PROMPT_TOKENS, Engine, place
+from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE, TURN_SECONDS
+from random_model import SHAPES, write_model
+
+MAX_TOKENS = 3900
+COLUMNS = ("observe-64", "observe-1024", "observe-64x4", "steer-64")
+LEAD_IN_STEPS = 2
+
+
+class Switch:
+    """Takes Steerscope out of an engine's steps and puts it back."""
+
+    def __init__(self, engine: Engine) -> None:
+        from steerscope.engine import native, seams
+
+        core = engine.engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        self._attribute = seams._ATTRIBUTE
+        self._places = [(each, getattr(each, self._attribute)) for each in (core.scheduler, runner)]
+        self.runtime = self._places[1][1]
+        self._library = native.library()
+        assert self._library is not None
+        sites = dict(self._library._sites)
+        step = native.ctypes.pointer(native.Step())
+        nothing = {n: native.Site(width=s.width, step=step) for n, s in sites.items()}
+        self._sites = {True: sites, False: nothing}
+
+    def set(self, is_on: bool) -> None:
+        """For the steps from now on."""
+        for place_, half in self._places:
+            setattr(place_, self._attribute, half if is_on else None)
+        for name, site in self._sites[is_on].items():
+            self._library.register(name, site)
+        self.runtime._plan.break_off()
+
+
+def know_all_blocks(switch: Switch, engine: Engine) -> None:
+    """So that the roster has an entry for tokens that it was not told of."""
+    from steerscope.engine.roster import MoreBlocks
+
+    blocks = list(range(MAX_TOKENS // 16 + 64))
+    running = engine.engine.engine_core.engine_core.scheduler.running
+    switch.runtime.roster.extend([MoreBlocks(r.request_id, blocks, True) for r in running])
+
+
+def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
+    """One cell of the table."""
+    for _ in range(concurrency):
+        engine._submit(engine._prompt(PROMPT_TOKENS), MAX_TOKENS)
+    engine.steps(10, lead_in=False)
+    switch = Switch(engine)
+    know_all_blocks(switch, engine)
+    one = float(np.median(engine.steps(20, lead_in=False)["ns"])) / 1e9
+    count = max(2, round(TURN_SECONDS / one))
+    cache = engine.engine.vllm_config.cache_config
+    room = min(MAX_TOKENS, cache.num_gpu_blocks * cache.block_size // concurrency) - 200
+    most = room // (2 * (count + LEAD_IN_STEPS))
+    times: dict[bool, list[Any]] = {True: [], False: []}
+    ends_at = time.monotonic() + seconds
+    for turn in range(most):
+        if turn >= 8 and time.monotonic() > ends_at:
+            break
+        for is_on in (True, False) if turn % 2 else (False, True):
+            switch.set(is_on)
+            taken = engine.steps(count + LEAD_IN_STEPS, lead_in=False)["ns"]
+            times[is_on].append(np.array(taken[LEAD_IN_STEPS:]) / 1e3)
+    switch.set(True)
+    engine.drain()
+    ratio = ratios.throughput(times[False], times[True])
+    step_us = float(np.concatenate(times[False]).mean())
+    return {
+        "throughput": [ratio.value, ratio.low, ratio.high],
+        "step_us": round(step_us, 1),
+        "extra_us": round(step_us * (1 / ratio.value - 1), 1),
+        "p99": round(ratios.latency(times[False], times[True], 0.99).value, 3),
+        "turns": len(times[True]),
+    }
+
+
+def column(model: str, name: str, seconds: float) -> None:
+    """One engine; runs in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="toggled-") as folder:
+        path = write_model(Path(folder) / "model", model)
+        made = spec(name, path, SHAPES[model], Path(folder))
+        os.environ.update(ENVIRONMENT)
+        os.environ["STEERSCOPE_CONFIG"] = str(made.config)
+        os.sched_setaffinity(0, {ENGINE_CORE})
+        engine = Engine(str(path), ENGINE_ARGS, made.steering)
+        place(os.getpid(), ENGINE_CORE, HUB_CORE)
+        cells = {c: measure(engine, c, seconds) for c in CONCURRENCY}
+    print("RESULT " + json.dumps(cells), flush=True)
+
+
+def main() -> int:
+    """Run it; see above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", choices=sorted(SHAPES), default=sorted(SHAPES))
+    parser.add_argument("--columns", nargs="*", default=COLUMNS)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each cell")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        column(*arguments.one, arguments.seconds)
+        return 0
+    head = [f"{c} at a time" for c in CONCURRENCY]
+    print(f"| | {' | '.join(head)} |\n|{' --- |' * (len(head) + 1)}", flush=True)
+    for model in arguments.models:
+        for name in arguments.columns:
+            command = [sys.executable, __file__, "--seconds", str(arguments.seconds)]
+            told = subprocess.run(
+                [*command, "--one", model, name], stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+            (line,) = (row for row in told.splitlines() if row.startswith("RESULT "))
+            cells = [
+                "{:.4f} ({:.4f} - {:.4f}), {extra_us} of {step_us} µs, p99 {p99}".format(
+                    *cell["throughput"], **cell
+                )
+                for cell in json.loads(line[7:]).values()
+            ]
+            print(f"| {model}: {name} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
