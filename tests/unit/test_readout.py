@@ -281,6 +281,35 @@ def test_an_id_that_comes_back_while_its_end_waits_is_another_request(readout, w
     assert told == [(["ext-a", "ext-b"], []), ([], [5]), (["another"], [])]
 
 
+def test_an_end_is_told_after_all_of_the_request_s_tokens(readout, wire, patience):
+    """Where one of them was preempted and goes back, what waits takes several frames."""
+    emit(readout, ("a", 0, 4), ("b", 0, 4))
+    step(readout, ("a", 4, 1), ("b", 4, 1))
+    step(readout, ("a", 0, 3), ("b", 5, 1))
+    readout.settle()
+    readout.end({"b": 6})
+    readout._roster.leave(["b"])
+    step(readout, ("a", 3, 2))
+    readout.tell()
+    told = [(f.request_ids, [e.request_id for e in f.finished]) for f in wire.sent[1:]]
+    assert told == [(("a", "b"), []), (("a", "b"), []), (("a",), ["b"])]
+
+
+def test_a_hub_that_is_gone_is_told_of_what_waited_in_several_frames(readout, wire, patience):
+    emit(readout, ("a", 0, 4), ("b", 0, 4))
+    step(readout, ("a", 4, 1), ("b", 4, 1))
+    step(readout, ("a", 0, 3), ("b", 5, 1))
+    wire.lost = True
+    readout.settle()
+    readout.end({"b": 6})
+    readout._roster.leave(["b"])
+    readout.tell()
+    first, second = wire.sent[1:]
+    assert {s.request_id: s.resumed_at for s in first.started} == {"a": 4, "b": 4}
+    assert (first.finished, second.started) == ((), ())
+    assert second.finished == (RequestEnd("b", 6),)
+
+
 def test_a_request_that_began_and_ended_while_it_waited_is_told(readout, wire, patience):
     emit(readout, ("a", 0, 4))
     readout._roster.arrive([Arrival("b", RequestInfo(Stamp("ext-b"), 5), ())])

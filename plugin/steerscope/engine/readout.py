@@ -121,12 +121,14 @@ class _Told:
     ended: list[RequestEnd] = field(default_factory=list)
     changed: list[SteeringChange] = field(default_factory=list)
 
-    def clear(self) -> None:
+    def clear(self, with_ends: bool) -> None:
+        """It was told, the ends only if that was so."""
         self.started.clear()
         self.resumed.clear()
-        self.leaving.clear()
-        self.ended.clear()
         self.changed.clear()
+        if with_ends:
+            self.leaving.clear()
+            self.ended.clear()
 
 
 class Readout:
@@ -279,8 +281,8 @@ class Readout:
             self._fail(sum(step.num_tokens for step in steps))
             readings = []
         self._waiting, self._num_kept = [], 0
-        for reading in readings:
-            self._send(reading)
+        for i, reading in enumerate(readings):
+            self._send(reading, readings[i + 1 :])
         if self._held is None:
             self._tape.rewind()
 
@@ -333,12 +335,12 @@ class Readout:
             self._send(read)
         self._tape.rewind()
 
-    def _send(self, read: Reading) -> None:
+    def _send(self, read: Reading, rest: Sequence[Reading] = ()) -> None:
+        """``rest`` follows at once: requests may have tokens there, so none ends before."""
         try:
             if self._sender.has_lost_hub():
-                self._begin_anew(read.layout)
-                self._start(read.layout)
-            sent = self._sender.send(encode(self._frame(read)))
+                self._begin_anew([read.layout, *(each.layout for each in rest)])
+            sent = self._sender.send(encode(self._frame(read, with_ends=not rest)))
         except Exception:
             self._fail(read.num_tokens)
             return
@@ -348,20 +350,24 @@ class Readout:
         if sent:
             self._known.update(self._untold.started)
             self._known_earlier.difference_update(self._untold.started)
-            self._untold.clear()
+            self._untold.clear(with_ends=not rest)
             self._told_tokens += read.num_tokens
         else:  # what is to be known of requests is told again with the next frame
             self._lose(read.num_tokens)
 
-    def _begin_anew(self, layout: StepLayout) -> None:
-        """The hub is gone, and whatever it knew with it. ``layout`` is told next."""
+    def _begin_anew(self, layouts: Sequence[StepLayout]) -> None:
+        """The hub is gone, and whatever it knew with it. ``layouts`` are told next."""
         self._known_earlier |= self._known
         self._known.clear()
-        told_next = dict(zip(layout.req_ids, layout.first_positions.tolist(), strict=True))
+        told_next: dict[str, int] = {}
+        for layout in reversed(layouts):
+            told_next |= zip(layout.req_ids, layout.first_positions.tolist(), strict=True)
         for req_id, (info, end) in self._untold.leaving.items():
             position = told_next.get(req_id, end)
             self._untold.resumed[req_id] = self._resumption(req_id, info, position)
         self._untold.leaving.clear()
+        for layout in layouts:
+            self._start(layout)
 
     def _fail(self, num_tokens: int) -> None:
         """Telemetry fails open, whatever is wrong: the loss is counted, nothing stale is kept."""
@@ -374,7 +380,7 @@ class Readout:
         self._dropped += 1
         self._dropped_tokens += num_tokens
 
-    def _frame(self, read: Reading) -> Frame:
+    def _frame(self, read: Reading, with_ends: bool) -> Frame:
         return Frame(
             version=FRAME_VERSION,
             catalog_digest=self._source.catalog_digest,
@@ -387,7 +393,7 @@ class Readout:
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
             started=(*self._untold.resumed.values(), *self._untold.started.values()),
-            finished=tuple(self._untold.ended),
+            finished=tuple(self._untold.ended) if with_ends else (),
             changed=tuple(self._untold.changed),
             request_ids=tuple(read.layout.req_ids),
             query_start_loc=tuple(read.layout.query_start_loc.tolist()),
