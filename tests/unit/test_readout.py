@@ -12,6 +12,7 @@ from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
 from steerscope.engine.readout import FrameSender, Readout, Source
 from steerscope.engine.roster import Arrival, Roster
 from steerscope.engine.rows import RowTable
+from steerscope.engine.slots import SlotCache
 from steerscope.engine.tape import Tape
 from steerscope.engine.taps import SiteTap, StepRows
 from steerscope.hub.protocol import frames_address
@@ -265,6 +266,24 @@ def test_steps_of_changing_crowds_are_told_as_one(readout, wire, site, patience)
         assert np.array_equal(told[key][0], act)
         assert told[key][1] == delta
     assert sum(delta != 0.0 for _, delta in expected.values()) > 20
+
+
+def test_a_prefix_that_is_computed_in_the_very_step_that_hits_it_is_told(
+    readout, wire, site, patience
+):
+    """vLLM lets requests that come together share blocks that only one of them computes."""
+    tap, step_rows = site
+    readout.keep(SlotCache((len(tap.features),), 64, 1 << 20), 4)
+    emit(readout, ("x", 0, 1))
+    for name, blocks in (("a", [3]), ("b", [3, 5])):
+        readout._roster.arrive([Arrival(name, RequestInfo(Stamp(f"ext-{name}"), 5), blocks)])
+    tap(torch.randn(6, 128), None)
+    acts = tap.acts_of_step(6).numpy().copy()
+    step(readout, ("a", 0, 4), ("b", 4, 2))
+    readout.tell()
+    (cached,) = [s.cached for s in wire.sent[-1].started if s.request_id == "b"]
+    assert list(cached.known) == [1, 1, 1, 1]
+    assert np.array_equal(frames.acts_TF(cached.sites[0]), acts[:4])
 
 
 def test_an_id_that_comes_back_while_its_end_waits_is_another_request(readout, wire, patience):

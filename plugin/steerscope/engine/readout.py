@@ -165,6 +165,8 @@ class Readout:
         self._waiting: list[ReadStep] = []
         self._members = NO_MEMBERS
         """The requests of the step."""
+        self._has_newcomers = False
+        """Whether there are some among them that no hub was told of."""
         self._num_kept = 0
         """How many of those are kept by KV slot."""
         self._due_ns = 0
@@ -218,11 +220,10 @@ class Readout:
 
     def meet(self, layout: StepLayout) -> None:
         """The step is about to run; those after it that go on from it are not told of."""
-        try:
-            self._members = self._roster.members(layout.req_ids)
-            self._start(layout)
-        except Exception:
-            self._fail(int(layout.query_start_loc[-1]))
+        self._members = self._roster.members(layout.req_ids)
+        self._has_newcomers = not self._known.issuperset(layout.req_ids)
+        if any(end.request_id in layout.req_ids for end in self._untold.ended):
+            self.tell()  # the id comes back as another request
 
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Take the step's values: at once, or on a GPU in ``release``. Never raises."""
@@ -314,6 +315,14 @@ class Readout:
             self._tell_accepted(step, ends)
             return
         self._waiting.append(step)
+        if self._has_newcomers:
+            # What they found in the prefix cache may have been computed in this very step.
+            try:
+                self.settle()
+                self._start(step.layout)
+            except Exception:
+                self._fail(step.num_tokens)
+                self._waiting.pop()
         if self._tape.is_full or step.read_ns >= self._due_ns:
             self.tell()
 
@@ -329,6 +338,7 @@ class Readout:
             if self._kept is not None:
                 slots = self._roster.slots(step.members, read.layout, self._block_size)
                 self._kept.write(slots, read.values)
+            self._start(step.layout)
         except Exception:
             self._fail(step.num_tokens)
         else:
@@ -410,8 +420,6 @@ class Readout:
         for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
             if req_id in self._known or req_id in untold.started or req_id in untold.resumed:
                 continue
-            if any(end.request_id == req_id for end in untold.ended):
-                self.tell()  # the id comes back as another request
             info = self._roster.info(req_id)
             untold.started[req_id] = (
                 self._resumption(req_id, info, position)
