@@ -272,7 +272,7 @@ def test_a_prefix_that_is_computed_in_the_very_step_that_hits_it_is_told(
     readout, wire, site, patience
 ):
     """vLLM lets requests that come together share blocks that only one of them computes."""
-    tap, step_rows = site
+    tap, _ = site
     readout.keep(SlotCache((len(tap.features),), 64, 1 << 20), 4)
     emit(readout, ("x", 0, 1))
     for name, blocks in (("a", [3]), ("b", [3, 5])):
