@@ -401,6 +401,22 @@ def test_a_fault_in_the_readout_never_reaches_serving(readout, wire, site):
     assert wire.sent == []
 
 
+def test_a_fault_in_keeping_never_reaches_serving_and_tokens_are_told(
+    readout, wire, site, patience
+):
+    class Broken:
+        def write(self, *args):
+            raise RuntimeError("no such slot")
+
+    readout.keep(Broken(), 4)
+    emit(readout, ("a", 0, 4), ("b", 10, 4))
+    decode(readout, 4)
+    readout.settle()
+    decode(readout, 5)
+    readout.tell()
+    assert [f.query_start_loc for f in wire.sent] == [(0, 4, 8), (0, 2, 4)]
+
+
 def test_a_step_that_is_lost_is_counted_and_those_around_it_are_told(
     readout, wire, patience, monkeypatch
 ):

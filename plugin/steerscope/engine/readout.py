@@ -220,9 +220,14 @@ class Readout:
 
     def meet(self, layout: StepLayout) -> None:
         """The step is about to run; those after it that go on from it are not told of."""
-        self._members = self._roster.members(layout.req_ids)
-        self._has_newcomers = not self._known.issuperset(layout.req_ids)
-        if any(end.request_id in layout.req_ids for end in self._untold.ended):
+        try:
+            self._members = self._roster.members(layout.req_ids)
+        except Exception:
+            self._fail(0)
+        untold = self._untold
+        known = self._known, untold.started, untold.resumed
+        self._has_newcomers = bool(set(layout.req_ids).difference(*known))
+        if any(end.request_id in layout.req_ids for end in untold.ended):
             self.tell()  # the id comes back as another request
 
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
@@ -264,10 +269,14 @@ class Readout:
         """What is known of requests is about to change: keep what was read by KV slot."""
         if self._kept is None or self._num_kept == len(self._waiting):
             return
-        self._tape.wait()
-        for step in self._waiting[self._num_kept :]:
-            slots = self._roster.slots(step.members, step.layout, self._block_size, step.num_steps)
-            self._kept.write(slots, self._tape.values(step))
+        roster, block_size = self._roster, self._block_size
+        try:
+            self._tape.wait()
+            for step in self._waiting[self._num_kept :]:
+                slots = roster.slots(step.members, step.layout, block_size, step.num_steps)
+                self._kept.write(slots, self._tape.values(step))
+        except Exception:
+            self._fail(0)
         self._num_kept = len(self._waiting)
 
     def tell(self) -> None:
