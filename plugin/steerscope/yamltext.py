@@ -12,6 +12,7 @@ import yaml
 
 MAX_DEPTH = 64
 """Lists and mappings within each other."""
+TOO_DEEP = f"more than {MAX_DEPTH} lists and mappings within each other"
 MAX_ALIASED = 10_000
 """Nodes that aliases may add to those written."""
 
@@ -24,7 +25,9 @@ def read(text: bytes) -> Any:
         _check(text)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
+        # libyaml looks ahead, and may meet a limit of its own before we meet ours.
+        told = f"not YAML: {TOO_DEEP}" if "nesting depth" in str(error) else str(error)
+        raise ValueError(told) from None
     except ValueError as error:
         raise ValueError(f"not YAML: {error}") from None
     except (LookupError, AttributeError, TypeError, ArithmeticError) as error:
@@ -55,6 +58,6 @@ def _check(text: bytes) -> None:
             if anchor:
                 sizes[anchor] = num_nodes - before + 1
         if len(started) > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} lists and mappings within each other")
+            raise ValueError(TOO_DEEP)
         if num_aliased > MAX_ALIASED:
             raise ValueError(f"aliases stand for more than {MAX_ALIASED} values")
