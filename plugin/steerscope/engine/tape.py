@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steerscope.engine.plan import IntArray, StepLayout
 from steerscope.engine.roster import Members
-from steerscope.engine.slots import FloatArray, SiteValues, Values
+from steerscope.engine.slots import SiteValues, Values
 from steerscope.engine.taps import NO_TOKENS, SiteTap, StepRows
 
 MAX_WAITING_VALUES = 1 << 17
@@ -108,7 +108,6 @@ class _SiteTape:
         self._pairs = [(h, d) for h, d in zip(host, device, strict=True) if h is not d]
         self.acts, self.deltas, self.doses = (each.numpy() for each in host)
         self._no_edits = self.deltas[:0], self.doses[:0]
-        self._gather = np.empty_like(self.acts)
 
     def fetch(self, row: int, num_tokens: int, with_edits: bool) -> None:
         """Queue the copies behind the forward pass; nothing waits for them here."""
@@ -117,17 +116,13 @@ class _SiteTape:
 
     def read(self, rows: slice | IntArray, steered: IntArray) -> SiteValues:
         """Of those rows, ``steered`` of which are steered. Views of the tape where they can be."""
-        acts = self.acts[rows] if isinstance(rows, slice) else self._gathered(rows)
+        acts = self.acts[rows]
         if not steered.size:
             return SiteValues(acts, *self._no_edits)
         deltas, doses = self.deltas[rows], self.doses[rows]
         if len(steered) < len(acts):
             deltas, doses = deltas[steered], doses[steered]
         return SiteValues(acts, deltas, doses)
-
-    def _gathered(self, rows: IntArray) -> FloatArray:
-        """In memory that is there already: to find fresh pages takes longer than to copy."""
-        return np.take(self.acts, rows, axis=0, out=self._gather[: len(rows)], mode="clip")
 
 
 class Tape:
