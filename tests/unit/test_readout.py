@@ -314,6 +314,23 @@ def test_an_end_is_told_after_all_of_the_request_s_tokens(readout, wire, patienc
     assert told == [(("a", "b"), []), (("a", "b"), []), (("a",), ["b"])]
 
 
+def test_where_what_waits_takes_several_frames_each_has_its_own_values(
+    readout, wire, site, patience
+):
+    tap, _ = site
+    emit(readout, ("a", 0, 4), ("b", 0, 4))
+    acts = []
+    for first in (4, 5, 2, 3):  # then both go back
+        tap(torch.randn(2, 128), None)
+        acts.append(tap.acts_of_step(2).numpy().copy())
+        step(readout, ("a", first, 1), ("b", first, 1))
+    readout.tell()
+    told = [frames.acts_TF(frame.sites[0]) for frame in wire.sent[1:]]
+    assert len(told) == 2
+    for made, pair in zip(told, (acts[:2], acts[2:]), strict=True):
+        assert np.array_equal(made, np.stack(pair, 1).reshape(4, -1))
+
+
 def test_a_hub_that_is_gone_is_told_of_what_waited_in_several_frames(readout, wire, patience):
     emit(readout, ("a", 0, 4), ("b", 0, 4))
     step(readout, ("a", 4, 1), ("b", 4, 1))
