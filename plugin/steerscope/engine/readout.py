@@ -223,6 +223,7 @@ class Readout:
         try:
             self._members = self._roster.members(layout.req_ids)
         except Exception:
+            self._members = NO_MEMBERS  # never those of another step
             self._fail(0)
         untold = self._untold
         known = self._known, untold.started, untold.resumed

@@ -39,13 +39,6 @@ class Values(NamedTuple):
     steered: IntArray
     sites: Sequence[SiteValues]
 
-    def copied(self) -> Values:
-        """With arrays of its own; ``steered`` is the same."""
-        if not self.steered.size:  # then there is nothing in the others
-            return Values(self.steered, [SiteValues(s[0].copy(), s[1], s[2]) for s in self.sites])
-        sites = [SiteValues(s.acts.copy(), s.deltas.copy(), s.doses.copy()) for s in self.sites]
-        return Values(self.steered, sites)
-
     def take(self, kept_T: npt.NDArray[np.bool_]) -> Values:
         """A copy of some tokens."""
         kept_E = kept_T[self.steered]
