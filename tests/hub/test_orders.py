@@ -92,6 +92,22 @@ def test_a_running_request_is_steered_from_its_next_token_and_the_answer_says_wh
     assert core.requests["other-1"].stamp == Stamp("other")
 
 
+def test_a_request_that_the_hub_is_not_told_of_yet_is_steered_and_the_answer_says_so(endpoint):
+    async def body():
+        core = Core(endpoint)
+        core.requests["r-1"] = Running("r", 14)
+        plane, tasks = await serving(endpoint, core)
+        await present(plane, 1)
+        told = await plane.steer("r", "p", SPEC, ttl_seconds=5, num_running=0, wait_seconds=5)
+        applied = dict(told.applied)
+        for task in tasks:
+            task.cancel()
+        plane.close()
+        return applied
+
+    assert run(body()) == {"r-1": 14}
+
+
 def test_every_sequence_of_the_request_is_steered_on_whichever_engine_it_runs(endpoint):
     async def body():
         cores = [Core(endpoint, "0"), Core(endpoint, "1")]

@@ -38,6 +38,10 @@ SILENT_AFTER_SECONDS = 10.0
 HOLD_SECONDS = 2.0
 """How long to wait for engines to have an order."""
 
+UNTOLD_SECONDS = 0.2
+"""How long a request may run before the hub is told: workers tell of their steps every tenth of a
+second."""
+
 MAX_TOLD = 1000
 """How many sequences that a standing order changed, or could not, are remembered."""
 
@@ -63,10 +67,14 @@ class Ordered:
     """Engines that have it."""
 
     @property
+    def num_answers(self) -> int:
+        """Sequences that have met it."""
+        return len(self.applied) + len(self.declined)
+
+    @property
     def is_waiting(self) -> bool:
         """Whether no sequence has met it yet and it has not expired."""
-        met = self.applied or self.declined
-        return not met and time.monotonic() < self.expires_at
+        return not self.num_answers and time.monotonic() < self.expires_at
 
 
 @dataclass(slots=True)
@@ -136,8 +144,8 @@ class EnginePlane:
     ) -> Ordered:
         """Order it of every engine; wait for the answers of ``num_running`` sequences.
 
-        Where none runs, wait a little for the engines to have it: a request that is sent after
-        the answer then meets it.
+        Where none is known to run, wait a little for the engines to have it: a request that is
+        sent after the answer then meets it. One may run that is not told of yet.
 
         It replaces an order for the same request that still waits. ``over_bound``: whether it
         may beat a binding.
@@ -158,15 +166,15 @@ class EnginePlane:
         self._by_external_id[external_id] = order.order_id
         await self._tell_all(order)
 
-        def is_settled() -> bool:
-            if not num_running:
-                return ordered.holding.issuperset(self._engines)
-            return len(ordered.applied) + len(ordered.declined) >= num_running
-
-        with contextlib.suppress(TimeoutError):
-            seconds = wait_seconds if num_running else min(wait_seconds, HOLD_SECONDS)
-            async with asyncio.timeout(seconds), self._answered:
-                await self._answered.wait_for(is_settled)
+        if num_running:
+            await self._until(lambda: ordered.num_answers >= num_running, wait_seconds)
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_seconds):
+                    await self._until(
+                        lambda: ordered.holding.issuperset(self._engines), HOLD_SECONDS
+                    )
+                    await self._until(lambda: ordered.num_answers > 0, UNTOLD_SECONDS)
         return ordered
 
     async def hold(
@@ -186,14 +194,13 @@ class EnginePlane:
             self._held = Held(order)
             await self._tell_all(order)
         held, awaited = self._held, frozenset(running)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HOLD_SECONDS), self._answered:
-                await self._answered.wait_for(
-                    lambda: (
-                        held.holding.issuperset(self._engines)
-                        and awaited <= held.applied.keys() | held.declined.keys()
-                    )
-                )
+        await self._until(
+            lambda: (
+                held.holding.issuperset(self._engines)
+                and awaited <= held.applied.keys() | held.declined.keys()
+            ),
+            HOLD_SECONDS,
+        )
         return held
 
     async def withdraw(self, external_id: str) -> bool:
@@ -214,6 +221,12 @@ class EnginePlane:
     def close(self) -> None:
         """Free the socket."""
         self._socket.close()
+
+    async def _until(self, is_settled: Callable[[], bool], seconds: float) -> None:
+        """Wait for the engines' answers, but no longer than that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._answered:
+                await self._answered.wait_for(is_settled)
 
     async def _take(self, identity: bytes, message: FromEngine) -> None:
         match message:
