@@ -10,7 +10,7 @@ from steerscope.catalog import store
 from steerscope.engine import readout as readout_module
 from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
 from steerscope.engine.readout import FrameSender, Readout, Source
-from steerscope.engine.roster import Arrival, Roster
+from steerscope.engine.roster import Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
 from steerscope.engine.slots import SlotCache
 from steerscope.engine.tape import Tape
@@ -220,12 +220,10 @@ def test_steps_of_changing_crowds_are_told_as_one(readout, wire, site, patience)
     for k in range(60):
         if k % 3 == 0:  # else the crowd is that of the step before, in another order now and then
             for name in [name for name in at if rng.random() < 0.3]:
-                readout.settle()
                 readout.end({name: at.pop(name)})
                 readout._roster.leave([name])
             for name in (f"r{k}", f"s{k}"):
                 if rng.random() < 0.5 and len(at) < 4:
-                    readout.settle()
                     at[name] = 0
                     readout._roster.arrive([Arrival(name, RequestInfo(Stamp(name), 5), ())])
         crowd = list(at)
@@ -284,6 +282,35 @@ def test_a_prefix_that_is_computed_in_the_very_step_that_hits_it_is_told(
     (cached,) = [s.cached for s in wire.sent[-1].started if s.request_id == "b"]
     assert list(cached.known) == [1, 1, 1, 1]
     assert np.array_equal(frames.acts_TF(cached.sites[0]), acts[:4])
+
+
+def test_a_slot_that_changes_hands_while_steps_wait_has_what_came_last(
+    readout, wire, site, patience
+):
+    tap, _ = site
+    roster, acts = readout._roster, []
+
+    def run(*members):
+        num_tokens = sum(n for _, _, n in members)
+        tap(torch.randn(num_tokens, 128), None)
+        acts.append(tap.acts_of_step(num_tokens).numpy().copy())
+        step(readout, *members)
+
+    readout.keep(SlotCache((len(tap.features),), 64, 1 << 20), 4)
+    emit(readout, ("x", 0, 1))
+    for name, block in (("a", 1), ("b", 2)):
+        roster.arrive([Arrival(name, RequestInfo(Stamp(name), 5), [block])])
+    run(("a", 0, 4), ("b", 0, 4))
+    readout.end({"b": 4})
+    roster.leave(["b"])
+    roster.extend([MoreBlocks("a", [2], anew=False)])
+    run(("a", 4, 1))
+    roster.arrive([Arrival("c", RequestInfo(Stamp("c"), 9), [1, 2])])
+    run(("a", 5, 1), ("c", 5, 1))
+    readout.tell()
+    (cached,) = [s.cached for frame in wire.sent for s in frame.started if s.request_id == "c"]
+    assert list(cached.known) == [1] * 5
+    assert np.array_equal(frames.acts_TF(cached.sites[0]), np.concatenate([acts[0][:4], acts[1]]))
 
 
 def test_an_id_that_comes_back_while_its_end_waits_is_another_request(readout, wire, patience):
@@ -451,6 +478,39 @@ def test_a_step_that_is_lost_is_counted_and_those_around_it_are_told(
     readout.tell()
     told = [(f.positions, f.query_start_loc, f.dropped_tokens) for f in wire.sent[1:]]
     assert told == [((4, 14), (0, 1, 2), 2), ((6, 16), (0, 2, 4), 2)]
+
+
+def test_a_step_with_a_request_of_which_nothing_is_known_is_lost_and_counted(
+    readout, wire, patience
+):
+    emit(readout, ("a", 0, 4), ("b", 10, 4))
+    decode(readout, 4)
+    step(readout, ("a", 5, 1), ("nobody", 3, 1))
+    decode(readout, 6)
+    readout.tell()
+    told = [(f.positions, f.query_start_loc, f.dropped_tokens) for f in wire.sent[1:]]
+    assert told == [((4, 14), (0, 1, 2), 2), ((6, 16), (0, 1, 2), 2)]
+
+
+def test_a_step_whose_start_fails_is_lost_and_the_request_is_introduced_with_the_next(
+    readout, wire, patience, monkeypatch
+):
+    def fails(*args):
+        raise RuntimeError("no such digest")
+
+    emit(readout, ("a", 0, 4))
+    step(readout, ("a", 4, 1))
+    readout._roster.arrive([Arrival("c", RequestInfo(Stamp("ext-c"), 5), ())])
+    with monkeypatch.context() as patched:
+        patched.setattr(readout, "_request_start", fails)
+        step(readout, ("a", 5, 1), ("c", 0, 1))
+    step(readout, ("a", 6, 1), ("c", 1, 1))
+    step(readout, ("a", 7, 1), ("c", 2, 1))
+    readout.tell()
+    told = [(f.request_ids, f.positions, f.dropped_tokens) for f in wire.sent[1:]]
+    assert told[-1] == (("a", "c"), (6, 1), 2)
+    assert [s.first_position for s in wire.sent[-1].started] == [1]
+    assert wire.sent[-1].query_start_loc == (0, 2, 4)
 
 
 def test_only_tokens_that_were_changed_are_listed_as_edits(readout, wire, site):

@@ -7,7 +7,7 @@ from steerscope.catalog import store
 from steerscope.engine import canary as canaries
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import RequestInfo, StepLayout
-from steerscope.engine.roster import Arrival, MoreBlocks, Roster
+from steerscope.engine.roster import Arrival, MoreBlocks, Roster, Steps
 from steerscope.engine.scheduling import SchedulerSide
 from steerscope.engine.slots import SiteValues, SlotCache, Values, bytes_per_slot
 from steerscope.engine.tape import Reading
@@ -29,10 +29,13 @@ class TestRoster:
     def test_slots_follow_the_blocks_of_each_request(self):
         roster = Roster()
         roster.arrive([Arrival("a", INFO, [7, 3]), Arrival("b", INFO, [5])])
-        members, step = roster.members(("b", "a")), layout(("b", 1, 2), ("a", 3, 3))
-        assert roster.slots(members, step, block_size=4).tolist() == [21, 22, 31, 12, 13]
-        decode = layout(("b", 1, 1), ("a", 2, 1))
-        assert roster.slots(members, decode, 4, num_steps=3).tolist() == [21, 30, 22, 31, 23, 12]
+        rows_R = roster.rows(("b", "a"))
+        once = Steps(*map(np.array, ([2], [1])), rows_R, np.array([2, 3]), np.array([1, 3]))
+        assert roster.slots(once, block_size=4).tolist() == [21, 22, 31, 12, 13]
+        thrice = Steps(*map(np.array, ([2], [3])), rows_R, np.array([1, 1]), np.array([1, 2]))
+        assert roster.slots(thrice, 4).tolist() == [21, 30, 22, 31, 23, 12]
+        both = Steps(*map(np.concatenate, zip(once, thrice, strict=True)))
+        assert roster.slots(both, 4).tolist() == [21, 22, 31, 12, 13, 21, 30, 22, 31, 23, 12]
         assert roster.leading_slots("a", 6, 4).tolist() == [28, 29, 30, 31, 12, 13]
 
     def test_blocks_are_appended_or_replaced(self):
@@ -58,6 +61,18 @@ class TestRoster:
         roster.leave([f"r{i}" for i in range(50)])
         assert len(roster) == 0
         roster.leave(["nobody"])
+
+    def test_a_row_is_nobody_elses_before_all_is_asked_of_who_left(self):
+        roster = Roster()
+        roster.arrive([Arrival("a", INFO, [7])])
+        (row,) = roster.rows(["a"])
+        roster.leave(["a"])
+        roster.arrive([Arrival("a", INFO, [8])])
+        assert roster.rows(["a"]) != row
+        assert roster.slots(Steps(*np.array([[1], [1], [row], [1], [0]])), 1).tolist() == [7]
+        roster.recycle()
+        roster.arrive([Arrival("b", INFO, [9])])
+        assert roster.rows(["b"]) == row
 
 
 class TestSlotCache:

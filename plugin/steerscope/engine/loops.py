@@ -3,10 +3,10 @@
 After a forward pass on the same core the caches hold nothing of ours, and every numpy call is ten
 times dearer than in a benchmark of its own: one loop instead of six calls is what counts.
 
-They are for the batch plan and for the values that are kept by KV slot.
+They are for the batch plan, for the values that are kept by KV slot, and for what is told.
 
 Shapes: T tokens of the step, R its requests, E tokens that are steered, F features, N slots,
-M lines of K spans, B blocks of a request.
+M lines of K spans, B blocks of a request; S and P as in ``roster.Steps``.
 """
 
 from __future__ import annotations
@@ -52,23 +52,77 @@ def _lay(
 
 
 def _locate(
-    rows_R: IntArray,
-    query_start_loc: IntArray,
-    first_positions: IntArray,
-    num_steps: int,
+    num_requests_S: IntArray,
+    num_steps_S: IntArray,
+    rows_P: IntArray,
+    lengths_P: IntArray,
+    positions_P: IntArray,
     blocks_RB: npt.NDArray[np.int32],
     block_size: int,
     slots_T: IntArray,
 ) -> None:
-    """Write the KV slot of each token of the step, and of those after it, a position further."""
-    num_each = query_start_loc[-1]
-    for r in range(len(rows_R)):
-        for step in range(num_steps):
-            position = first_positions[r] + step
-            for t in range(query_start_loc[r], query_start_loc[r + 1]):
-                block = blocks_RB[rows_R[r], position // block_size]
-                slots_T[step * num_each + t] = block * block_size + position % block_size
-                position += 1
+    """Write the KV slot of each token of the steps; see ``roster.Steps``."""
+    t = first_p = 0
+    for s in range(len(num_requests_S)):
+        stop_p = first_p + num_requests_S[s]
+        for step in range(num_steps_S[s]):
+            for p in range(first_p, stop_p):
+                for position in range(positions_P[p], positions_P[p] + lengths_P[p]):
+                    at = position + step
+                    block = blocks_RB[rows_P[p], at // block_size]
+                    slots_T[t] = block * block_size + at % block_size
+                    t += 1
+        first_p = stop_p
+
+
+def _merge(
+    num_requests_S: IntArray,
+    num_steps_S: IntArray,
+    rows_P: IntArray,
+    lengths_P: IntArray,
+    positions_P: IntArray,
+    first_P: IntArray,
+    starts_P: IntArray,
+    order_T: IntArray,
+) -> int:
+    """Put each request's tokens in one piece: how many requests there are; see ``roster.Steps``.
+
+    Or -1 where a request's tokens do not follow each other. In the order in which they first come,
+    ``first_P`` becomes where in [P] that is, ``starts_P`` (one longer) where the request's tokens
+    begin, and ``order_T`` which of the steps' tokens each is.
+    """
+    piece_N = np.full(rows_P.max() + 1, -1)
+    next_P, filled_P = np.zeros_like(rows_P), np.zeros_like(rows_P)
+    num_pieces = p = 0
+    for s in range(len(num_requests_S)):
+        for _ in range(num_requests_S[s]):
+            count = lengths_P[p] * num_steps_S[s]
+            piece = piece_N[rows_P[p]]
+            if piece < 0:
+                piece = piece_N[rows_P[p]] = num_pieces
+                first_P[piece], next_P[piece], filled_P[piece] = p, positions_P[p], 0
+                num_pieces += 1
+            elif positions_P[p] != next_P[piece]:
+                return -1
+            next_P[piece] += count
+            filled_P[piece] += count
+            p += 1
+    starts_P[0] = 0
+    for piece in range(num_pieces):
+        starts_P[piece + 1] = starts_P[piece] + filled_P[piece]
+        filled_P[piece] = 0
+    t = first_p = 0
+    for s in range(len(num_requests_S)):
+        stop_p = first_p + num_requests_S[s]
+        for _ in range(num_steps_S[s]):
+            for p in range(first_p, stop_p):
+                piece = piece_N[rows_P[p]]
+                for _ in range(lengths_P[p]):
+                    order_T[starts_P[piece] + filled_P[piece]] = t
+                    filled_P[piece] += 1
+                    t += 1
+        first_p = stop_p
+    return num_pieces
 
 
 def _keep(
@@ -124,6 +178,7 @@ class Loops(NamedTuple):
 
     lay: Callable[..., None]
     locate: Callable[..., None]
+    merge: Callable[..., int]
     keep: Callable[..., None]
     keep_edits: Callable[..., None]
     follows: Callable[..., bool]
@@ -145,7 +200,7 @@ def _compile() -> Loops:
     from numba import njit  # an import of a third of a second, which only workers need
 
     jit = njit(error_model="numpy", nogil=True)
-    loops = Loops(*map(jit, (_lay, _locate, _keep, _keep_edits, _follows)))
+    loops = Loops(*map(jit, (_lay, _locate, _merge, _keep, _keep_edits, _follows)))
     _call_each(loops)
     return loops
 
@@ -159,7 +214,8 @@ def _call_each(loops: Loops) -> None:
         np.zeros(1, np.uint8),
     )
     loops.lay(row, np.zeros((1, 1, 3), np.int64), starts, row, row, row)
-    loops.locate(row, starts, row, 1, blocks, 1, row)
+    loops.locate(row, row, row, row, row, blocks, 1, row)
+    loops.merge(row, row, row, row, row, row, starts, row)
     loops.keep(row, table, table, state)
     loops.keep_edits(row, table, dose, table, dose, state)
     for ints in (np.int64, np.int32):  # vLLM's runners have the shorter ones

@@ -95,7 +95,7 @@ class _Decode:
     at_R: AnyInts
     """The positions of its tokens."""
     until_R: IntArray
-    rows_R: IntArray
+    rows_R: IntArray | None
 
 
 NO_LINE = -1
@@ -130,7 +130,7 @@ class BatchPlan:
         self._req_ids: frozenset[str] = frozenset()
         self._order: tuple[str, ...] | None = ()
         """Those of the last step in turn; None once what is known of them is out of date."""
-        self._neutral_T = np.zeros(0, np.int64)
+        self._endless_R = np.zeros(0, np.int64)
         self._decode: _Decode | None = None
 
     def goes_on(self, layout: StepLayout) -> bool:
@@ -152,21 +152,21 @@ class BatchPlan:
         return StepLayout(self._order, self._decode.starts, self._decode.at_R.copy())
 
     @property
-    def last_rows(self) -> IntArray:
-        """The steering rows of all of those; the same array."""
+    def last_rows(self) -> IntArray | None:
+        """The steering rows of all of those; the same array, or None where nothing is steered."""
         assert self._decode is not None
         return self._decode.rows_R
 
-    def rows(self, layout: StepLayout) -> IntArray:
-        """The steering row of each token of the step, int64 [T]; not to be written."""
+    def rows(self, layout: StepLayout) -> IntArray | None:
+        """The steering row of each token of the step, int64 [T]; None if none of them has one."""
         self._follow(tuple(layout.req_ids))
         starts, positions = layout.query_start_loc, layout.first_positions
-        rows_T, until_R = self._neutral(int(starts[-1])), np.full(len(positions), ENDLESS)
+        rows_T, until_R = None, self._endless(len(positions))
         if self._lines:
-            rows_T = np.zeros_like(rows_T)
+            rows_T, until_R = np.zeros(int(starts[-1]), np.int64), until_R.copy()
             lay = loops.compiled().lay
             lay(self._line_R, self._spans.spans_MK3, starts, positions, rows_T, until_R)
-        is_decode = 0 < len(rows_T) == len(positions)
+        is_decode = 0 < len(positions) == int(starts[-1])
         self._decode = (
             _Decode(list(layout.req_ids), starts, positions.copy(), until_R, rows_T)
             if is_decode
@@ -206,11 +206,10 @@ class BatchPlan:
         if self._lines:
             self._line_R = np.array([self._lines.get(r, NO_LINE) for r in order], np.int64)
 
-    def _neutral(self, num_tokens: int) -> IntArray:
-        """Of a step in which nothing is steered: the very array of the one before, if it does."""
-        if len(self._neutral_T) != num_tokens:
-            self._neutral_T = np.zeros(num_tokens, np.int64)
-        return self._neutral_T
+    def _endless(self, num_requests: int) -> IntArray:
+        if len(self._endless_R) != num_requests:
+            self._endless_R = np.full(num_requests, ENDLESS)
+        return self._endless_R
 
     def _leave(self, req_id: str) -> None:
         if req_id in self._lines:

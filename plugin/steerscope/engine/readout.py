@@ -13,10 +13,11 @@ that run, from the first step on that ends without the hub.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -26,9 +27,9 @@ import numpy.typing as npt
 import zmq
 
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, RequestInfo, StepLayout
-from steerscope.engine.roster import NO_MEMBERS, Roster
+from steerscope.engine.roster import Roster
 from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
-from steerscope.engine.tape import Reading, ReadStep, Tape
+from steerscope.engine.tape import Reading, ReadStep, Tape, stacked
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import canonical_json, steering_digest
@@ -163,10 +164,12 @@ class Readout:
         self._held: ReadStep | None = None
         """Read, but not there yet, or not accepted yet."""
         self._waiting: list[ReadStep] = []
-        self._members = NO_MEMBERS
+        self._met: Sequence[str] = ()
         """The requests of the step."""
-        self._has_newcomers = False
-        """Whether there are some among them that no hub was told of."""
+        self._rows_R = NO_SLOTS
+        """Of those, in the roster."""
+        self._newcomers: set[str] = set()
+        """Those that no hub was told of."""
         self._num_kept = 0
         """How many of those are kept by KV slot."""
         self._due_ns = 0
@@ -185,6 +188,7 @@ class Readout:
 
         Only what a hub knows of is kept: none may ever take a frame again.
         """
+        self._met = ()
         if not self._untold.started.keys().isdisjoint(ended):
             self.tell()
         for req_id, end in ended.items():
@@ -220,16 +224,15 @@ class Readout:
 
     def meet(self, layout: StepLayout) -> None:
         """The step is about to run; those after it that go on from it are not told of."""
-        try:
-            self._members = self._roster.members(layout.req_ids)
-        except Exception:
-            self._members = NO_MEMBERS  # never those of another step
-            self._fail(0)
-        untold = self._untold
-        known = self._known, untold.started, untold.resumed
-        self._has_newcomers = bool(set(layout.req_ids).difference(*known))
-        if any(end.request_id in layout.req_ids for end in untold.ended):
+        if layout.req_ids == self._met and not self._newcomers:
+            return
+        self._met, self._rows_R = layout.req_ids, NO_SLOTS  # never those of another step
+        self._newcomers = self._strangers(layout)
+        if any(end.request_id in self._newcomers for end in self._untold.ended):
             self.tell()  # the id comes back as another request
+            self._newcomers = self._strangers(layout)
+        with contextlib.suppress(KeyError):  # ``hold`` has no place for a step of who knows whom
+            self._rows_R = self._roster.rows(layout.req_ids)
 
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Take the step's values: at once, or on a GPU in ``release``. Never raises."""
@@ -242,7 +245,7 @@ class Readout:
         num_tokens = int(layout.query_start_loc[-1])
         if (row := self._advance(num_tokens, steered_E)) is not None:
             now_ns = time.monotonic_ns()
-            self._held = ReadStep(layout, num_tokens, steered_E, row, self._members, now_ns)
+            self._held = ReadStep(layout, num_tokens, steered_E, row, self._rows_R, now_ns)
 
     def release(self, ends: Mapping[str, int]) -> None:
         """Take the step that was held, if there is one.
@@ -267,15 +270,14 @@ class Readout:
             self.tell()
 
     def settle(self) -> None:
-        """What is known of requests is about to change: keep what was read by KV slot."""
-        if self._kept is None or self._num_kept == len(self._waiting):
+        """Keep what was read by KV slot, before it is asked for or a token's slot is another."""
+        steps = self._waiting[self._num_kept :]
+        if self._kept is None or not steps:
             return
-        roster, block_size = self._roster, self._block_size
         try:
             self._tape.wait()
-            for step in self._waiting[self._num_kept :]:
-                slots = roster.slots(step.members, step.layout, block_size, step.num_steps)
-                self._kept.write(slots, self._tape.values(step))
+            slots = self._roster.slots(stacked(steps), self._block_size)
+            self._kept.write(slots, self._tape.values(steps))
         except Exception:
             self._fail(0)
         self._num_kept = len(self._waiting)
@@ -292,6 +294,7 @@ class Readout:
             self._fail(sum(step.num_tokens for step in steps))
             readings = []
         self._waiting, self._num_kept = [], 0
+        self._roster.recycle()
         for i, reading in enumerate(readings):
             self._send(reading, readings[i + 1 :])
         if self._held is None:
@@ -311,6 +314,8 @@ class Readout:
     def _advance(self, num_tokens: int, steered_E: IntArray) -> int | None:
         """The row of the tape where the step is; None if it is lost, and then nothing waits."""
         try:
+            if len(self._rows_R) < len(self._met):
+                raise KeyError("a request that the scheduler did not tell of")
             return self._tape.advance(num_tokens, bool(steered_E.size))
         except Exception:
             self._fail(num_tokens)
@@ -325,14 +330,14 @@ class Readout:
             self._tell_accepted(step, ends)
             return
         self._waiting.append(step)
-        if self._has_newcomers:
-            # What they found in the prefix cache may have been computed in this very step.
+        if self._newcomers:
             try:
-                self.settle()
-                self._start(step.layout)
+                self._start(step.layout, self._newcomers)
+                self._newcomers = set()
             except Exception:
-                self._fail(step.num_tokens)
                 self._waiting.pop()
+                self._fail(step.num_tokens)
+                self.tell()
         if self._tape.is_full or step.read_ns >= self._due_ns:
             self.tell()
 
@@ -346,9 +351,10 @@ class Readout:
             self._tape.wait()
             read = self._tape.read(step).accepted(ends)
             if self._kept is not None:
-                slots = self._roster.slots(step.members, read.layout, self._block_size)
+                accepted = dataclasses.replace(step, layout=read.layout)
+                slots = self._roster.slots(stacked([accepted]), self._block_size)
                 self._kept.write(slots, read.values)
-            self._start(step.layout)
+            self._start(step.layout, self._strangers(step.layout))
         except Exception:
             self._fail(step.num_tokens)
         else:
@@ -387,7 +393,8 @@ class Readout:
             self._untold.resumed[req_id] = self._resumption(req_id, info, position)
         self._untold.leaving.clear()
         for layout in layouts:
-            self._start(layout)
+            self._start(layout, self._strangers(layout).difference(self._untold.resumed))
+        self._met = ()
 
     def _fail(self, num_tokens: int) -> None:
         """Telemetry fails open, whatever is wrong: the loss is counted, nothing stale is kept."""
@@ -422,16 +429,19 @@ class Readout:
             told_tokens=self._told_tokens,
         )
 
-    def _start(self, layout: StepLayout) -> None:
-        """Requests the hub has not been told of, each with the first position it ever had."""
-        if self._known.issuperset(layout.req_ids):
-            return
-        untold = self._untold
-        for req_id, position in zip(layout.req_ids, layout.first_positions.tolist(), strict=True):
-            if req_id in self._known or req_id in untold.started or req_id in untold.resumed:
-                continue
+    def _strangers(self, layout: StepLayout) -> set[str]:
+        """Requests that the hub was not told of."""
+        return set(layout.req_ids).difference(self._known, self._untold.started)
+
+    def _start(self, layout: StepLayout, strangers: Set[str]) -> None:
+        """The hub is to be told of them, each with the first position it ever had."""
+        firsts = zip(layout.req_ids, layout.first_positions.tolist(), strict=True)
+        found = [(req_id, position) for req_id, position in firsts if req_id in strangers]
+        if any(position for _, position in found):
+            self.settle()  # what they found in the prefix cache may be of a step that waits
+        for req_id, position in found:
             info = self._roster.info(req_id)
-            untold.started[req_id] = (
+            self._untold.started[req_id] = (
                 self._resumption(req_id, info, position)
                 if req_id in self._known_earlier
                 else self._request_start(req_id, info, position)

@@ -1,12 +1,12 @@
 """The requests a worker holds, followed from what the scheduler says: one source for both runners.
 
 Kept for each: its stamp, its prompt's length and the KV blocks it owns. Shapes: R requests
-of the step, T tokens, B the most blocks a request can have.
+of a step, S steps, P all their requests one step after the other, T tokens, B the most blocks a
+request can have.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from steerscope.engine import loops
-from steerscope.engine.plan import IntArray, RequestInfo, StepLayout
+from steerscope.engine.plan import IntArray, RequestInfo
 from steerscope.steering.stamp import Stamp
 
 NOTHING = (0, 0)
@@ -46,16 +46,26 @@ class _Member:
     num_blocks: int
 
 
-class Members(NamedTuple):
-    """Requests in turn, int64 [R]."""
+class Steps(NamedTuple):
+    """Steps that follow each other, in each of which some requests have some tokens.
 
-    rows_R: IntArray
-    """Of the block table."""
-    serials_R: IntArray
-    """A number of each one's own, which none has again."""
+    A step may stand for several, in which the same requests have one token each, each time at the
+    next position.
+    """
 
+    num_requests_S: IntArray
+    num_steps_S: IntArray
+    rows_P: IntArray
+    """Of the block table. A request has another row than any other of the steps."""
+    lengths_P: IntArray
+    """Tokens, of one step where it stands for several."""
+    positions_P: IntArray
+    """Of the first of them."""
 
-NO_MEMBERS = Members(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    @property
+    def num_tokens(self) -> int:
+        """Of all steps."""
+        return int(self.lengths_P @ np.repeat(self.num_steps_S, self.num_requests_S))
 
 
 class Roster:
@@ -67,8 +77,8 @@ class Roster:
         self._free = [0]
         self._rows: dict[str, int] = {}
         """Apart from the members, so that many are looked up at once."""
-        self._serials = itertools.count()
-        self._serial_R = np.zeros(1, np.int64)
+        self._left: list[int] = []
+        """Rows of requests that left, of which something may still be asked."""
 
     def __len__(self) -> int:
         return len(self._members)
@@ -103,25 +113,21 @@ class Roster:
         member.info = member.info._replace(stamp=stamp)
 
     def leave(self, req_ids: Iterable[str]) -> None:
-        """Forget requests that ended."""
+        """Forget requests that ended; their blocks are known until ``recycle``."""
         for req_id in req_ids:
             member = self._members.pop(req_id, None)
             if member is not None:
-                self._free.append(self._rows.pop(req_id))
+                self._left.append(self._rows.pop(req_id))
 
-    def slots(
-        self, members: Members, layout: StepLayout, block_size: int, num_steps: int = 1
-    ) -> IntArray:
-        """The KV slot of each token of the step, int64 [T].
+    def recycle(self) -> None:
+        """No more is asked of requests that left: their rows may be others'."""
+        self._free += self._left
+        self._left.clear()
 
-        Or of so many steps, one after the other, each a position further. ``members`` are those
-        of the step.
-        """
-        starts, positions = layout.query_start_loc, layout.first_positions
-        slots_T = np.empty(num_steps * int(starts[-1]), np.int64)
-        loops.compiled().locate(
-            members.rows_R, starts, positions, num_steps, self._blocks_RB, block_size, slots_T
-        )
+    def slots(self, steps: Steps, block_size: int) -> IntArray:
+        """The KV slot of each token of the steps, one step after the other, int64 [T]."""
+        slots_T = np.empty(steps.num_tokens, np.int64)
+        loops.compiled().locate(*steps, self._blocks_RB, block_size, slots_T)
         return slots_T
 
     def leading_slots(self, req_id: str, num_positions: int, block_size: int) -> IntArray:
@@ -131,10 +137,9 @@ class Roster:
         slots: IntArray = blocks * block_size + at % block_size
         return slots
 
-    def members(self, req_ids: Sequence[str]) -> Members:
-        """Those requests."""
-        rows_R = np.array([*map(self._rows.__getitem__, req_ids)], np.int64)
-        return Members(rows_R, self._serial_R[rows_R])
+    def rows(self, req_ids: Sequence[str]) -> IntArray:
+        """Those requests' rows of the block table, int64 [R]."""
+        return np.array([*map(self._rows.__getitem__, req_ids)], np.int64)
 
     def _append(self, member: _Member, block_ids: Sequence[int]) -> None:
         end = member.num_blocks + len(block_ids)
@@ -147,8 +152,5 @@ class Roster:
         if not self._free:
             num_rows = len(self._blocks_RB)
             self._blocks_RB = np.pad(self._blocks_RB, ((0, num_rows), (0, 0)))
-            self._serial_R = np.pad(self._serial_R, (0, num_rows))
             self._free.extend(range(num_rows, len(self._blocks_RB)))
-        row = self._free.pop()
-        self._serial_R[row] = next(self._serials)
-        return row
+        return self._free.pop()

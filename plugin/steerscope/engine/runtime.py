@@ -207,16 +207,27 @@ class EngineRuntime:
         """Requests ended or came, or are not what they were."""
         note = news.note
         if self._readout is not None:
-            self._readout.settle()
+            if self._moves_blocks(news):
+                self._readout.settle()
             self._readout.end({req_id: note.ended.get(req_id, 0) for req_id in news.ended})
         self._plan.forget(news.ended)
         self.roster.leave(news.ended)
+        if self._readout is None:
+            self.roster.recycle()
         self.roster.arrive(news.arrivals)
         self.roster.extend(news.more_blocks)
         for req_id, payload in note.stamps.items():
             self._restamp(req_id, stamps.decode(payload))
         if self._kept is not None and self.kv_geometry is not None:
             self._void(self._kept, news, self.kv_geometry.block_size)
+
+    def _moves_blocks(self, news: StepNews) -> bool:
+        """Whether a known request's tokens are elsewhere now, or KV is filled by other means."""
+        others = any(more.anew or more.external != NOTHING for more in news.more_blocks)
+        return bool(news.foreign_blocks or others) or any(
+            arrival.req_id in self.roster or arrival.external != NOTHING
+            for arrival in news.arrivals
+        )
 
     def _read_out(self, readout: Readout, layout: StepLayout, steered_E: IntArray) -> None:
         if layout.req_ids and self._speculative:

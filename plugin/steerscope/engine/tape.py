@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steerscope.engine import loops
 from steerscope.engine.plan import IntArray, StepLayout
-from steerscope.engine.roster import Members
+from steerscope.engine.roster import Steps
 from steerscope.engine.slots import SiteValues, Values
 from steerscope.engine.taps import NO_TOKENS, SiteTap, StepRows
 
@@ -43,8 +44,8 @@ class ReadStep:
     steered: IntArray
     """Those of them that are steered."""
     row: int
-    members: Members
-    """Its requests, as the roster has them."""
+    rows_R: IntArray
+    """Of its requests in the roster."""
     read_ns: int
     """On the monotonic clock; of several, the first one's."""
     num_steps: int = 1
@@ -63,6 +64,17 @@ class ReadStep:
         starts = np.arange(self.num_steps) * self.num_each
         tokens: IntArray = (starts[:, None] + self.steered).ravel()
         return tokens
+
+
+def stacked(steps: Sequence[ReadStep]) -> Steps:
+    """Steps that follow each other."""
+    return Steps(
+        np.array([len(step.rows_R) for step in steps]),
+        np.array([step.num_steps for step in steps]),
+        np.concatenate([step.rows_R for step in steps]),
+        np.concatenate([np.diff(step.layout.query_start_loc) for step in steps]),
+        np.concatenate([step.layout.first_positions for step in steps]),
+    )
 
 
 class Reading(NamedTuple):
@@ -166,14 +178,18 @@ class Tape:
         if self._event is not None:
             self._event.synchronize()
 
-    def values(self, step: ReadStep) -> Values:
-        """In the order of the tape; they hold until it is rewound and written again."""
-        rows = slice(step.row, step.row + step.num_tokens)
-        return self._values(rows, step.steered_T)
+    def values(self, steps: Sequence[ReadStep]) -> Values:
+        """Of steps that follow each other, in the order of the tape.
+
+        They hold until it is rewound and written again.
+        """
+        first, last = steps[0].row, steps[-1].row + steps[-1].num_tokens
+        steered = [step.steered_T + (step.row - first) for step in steps if step.steered.size]
+        return self._values(slice(first, last), np.concatenate(steered) if steered else NO_TOKENS)
 
     def read(self, step: ReadStep) -> Reading:
         """One step alone."""
-        return Reading(step.layout, self.values(step), step.read_ns)
+        return Reading(step.layout, self.values([step]), step.read_ns)
 
     def readings(self, steps: Sequence[ReadStep]) -> list[Reading]:
         """What there is to tell of steps that follow each other on the tape.
@@ -188,48 +204,29 @@ class Tape:
         return [reading for step in steps for reading in self.readings([step])]
 
     def _merged(self, steps: Sequence[ReadStep]) -> Reading | None:
-        places, which_T, lengths, steered = [], [], [], []
-        first_row = steps[0].row
-        for step in steps:
-            serials_R, lengths_R = step.members.serials_R, np.diff(step.layout.query_start_loc)
-            places.append(serials_R)
-            which_T.append(np.tile(np.repeat(serials_R, lengths_R), step.num_steps))
-            lengths.append(lengths_R * step.num_steps)
-            if step.steered.size:
-                steered.append(step.steered_T + (step.row - first_row))
-        layout = _merged(steps, np.concatenate(places), np.concatenate(lengths))
-        if layout is None:
+        stack, num_tokens = stacked(steps), sum(step.num_tokens for step in steps)
+        order_T, first_P = np.empty(num_tokens, np.int64), np.empty_like(stack.rows_P)
+        starts_P = np.empty(len(first_P) + 1, np.int64)
+        num_requests = loops.compiled().merge(*stack, first_P, starts_P, order_T)
+        if num_requests < 0:
             return None
-        order_T = np.argsort(np.concatenate(which_T), kind="stable")
-        at_E = NO_TOKENS
-        if steered:
-            is_steered_T = np.zeros(len(order_T), np.bool_)
-            is_steered_T[np.concatenate(steered)] = True
+        ids = [req_id for step in steps for req_id in step.layout.req_ids]
+        first_R = first_P[:num_requests]
+        layout = StepLayout(
+            tuple(ids[p] for p in first_R.tolist()),
+            starts_P[: num_requests + 1],
+            stack.positions_P[first_R],
+        )
+        first_row, at_E = steps[0].row, NO_TOKENS
+        if any(step.steered.size for step in steps):
+            is_steered_T = np.zeros(num_tokens, np.bool_)
+            for step in steps:
+                is_steered_T[step.steered_T + (step.row - first_row)] = True
             at_E = np.flatnonzero(is_steered_T[order_T])
         return Reading(layout, self._values(first_row + order_T, at_E), steps[0].read_ns)
 
     def _values(self, rows: slice | IntArray, steered: IntArray) -> Values:
         return Values(steered, [site.read(rows, steered) for site in self._sites])
-
-
-def _merged(
-    steps: Sequence[ReadStep], serials_P: IntArray, lengths_P: IntArray
-) -> StepLayout | None:
-    """Request by request, in the order of their numbers. P: each request in each step."""
-    order_P = np.argsort(serials_P, kind="stable")
-    serials_P, lengths_P = serials_P[order_P], lengths_P[order_P]
-    positions_P = np.concatenate([step.layout.first_positions for step in steps])[order_P]
-    is_first_P = np.diff(serials_P, prepend=-1) != 0
-    follows_P = positions_P[1:] == positions_P[:-1] + lengths_P[:-1]
-    if not (follows_P | is_first_P[1:]).all():
-        return None
-    ids = [req_id for step in steps for req_id in step.layout.req_ids]
-    at_R = np.flatnonzero(is_first_P)
-    return StepLayout(
-        tuple(ids[p] for p in order_P[at_R].tolist()),
-        np.concatenate([[0], np.cumsum(np.add.reduceat(lengths_P, at_R))]),
-        positions_P[at_R],
-    )
 
 
 def _pinned(device: Tensor, num_rows: int) -> Tensor:

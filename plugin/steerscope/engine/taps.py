@@ -81,8 +81,13 @@ class StepRows:
         if math.prod(shape) > self.scratch.numel():
             self.scratch = torch.empty(shape, device=self.scratch.device)
 
-    def stage(self, rows_np: npt.NDArray[np.int64]) -> None:
-        """Set the step's rows; the very array of the step before says that they are the same."""
+    def stage(self, rows_np: npt.NDArray[np.int64] | None) -> None:
+        """Set the step's rows; None where nothing is steered.
+
+        The very array of the step before says that they are the same.
+        """
+        if rows_np is None:
+            return
         if rows_np is not self._last_T:
             self._last_T, self._last_E = rows_np, np.flatnonzero(rows_np)
             self._native_T[: len(rows_np)] = rows_np
