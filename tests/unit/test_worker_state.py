@@ -31,11 +31,11 @@ class TestRoster:
         roster.arrive([Arrival("a", INFO, [7, 3]), Arrival("b", INFO, [5])])
         rows_R = roster.rows(("b", "a"))
         once = Steps(*map(np.array, ([2], [1])), rows_R, np.array([2, 3]), np.array([1, 3]))
-        assert roster.slots(once, block_size=4).tolist() == [21, 22, 31, 12, 13]
+        assert roster.slots(once, 5, block_size=4).tolist() == [21, 22, 31, 12, 13]
         thrice = Steps(*map(np.array, ([2], [3])), rows_R, np.array([1, 1]), np.array([1, 2]))
-        assert roster.slots(thrice, 4).tolist() == [21, 30, 22, 31, 23, 12]
+        assert roster.slots(thrice, 6, 4).tolist() == [21, 30, 22, 31, 23, 12]
         both = Steps(*map(np.concatenate, zip(once, thrice, strict=True)))
-        assert roster.slots(both, 4).tolist() == [21, 22, 31, 12, 13, 21, 30, 22, 31, 23, 12]
+        assert roster.slots(both, 11, 4).tolist() == [21, 22, 31, 12, 13, 21, 30, 22, 31, 23, 12]
         assert roster.leading_slots("a", 6, 4).tolist() == [28, 29, 30, 31, 12, 13]
 
     def test_blocks_are_appended_or_replaced(self):
@@ -69,7 +69,7 @@ class TestRoster:
         roster.leave(["a"])
         roster.arrive([Arrival("a", INFO, [8])])
         assert roster.rows(["a"]) != row
-        assert roster.slots(Steps(*np.array([[1], [1], [row], [1], [0]])), 1).tolist() == [7]
+        assert roster.slots(Steps(*np.array([[1], [1], [row], [1], [0]])), 1, 1).tolist() == [7]
         roster.recycle()
         roster.arrive([Arrival("b", INFO, [9])])
         assert roster.rows(["b"]) == row

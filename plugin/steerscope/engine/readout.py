@@ -276,7 +276,8 @@ class Readout:
             return
         try:
             self._tape.wait()
-            slots = self._roster.slots(stacked(steps), self._block_size)
+            num_tokens = sum(step.num_tokens for step in steps)
+            slots = self._roster.slots(stacked(steps), num_tokens, self._block_size)
             self._kept.write(slots, self._tape.values(steps))
         except Exception:
             self._fail(0)
@@ -352,7 +353,7 @@ class Readout:
             read = self._tape.read(step).accepted(ends)
             if self._kept is not None:
                 accepted = dataclasses.replace(step, layout=read.layout)
-                slots = self._roster.slots(stacked([accepted]), self._block_size)
+                slots = self._roster.slots(stacked([accepted]), read.num_tokens, self._block_size)
                 self._kept.write(slots, read.values)
             self._start(step.layout, self._strangers(step.layout))
         except Exception:

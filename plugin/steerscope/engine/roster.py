@@ -62,11 +62,6 @@ class Steps(NamedTuple):
     positions_P: IntArray
     """Of the first of them."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Of all steps."""
-        return int(self.lengths_P @ np.repeat(self.num_steps_S, self.num_requests_S))
-
 
 class Roster:
     """Requests by internal id, with a row of the block table each, which grows as needed."""
@@ -124,9 +119,9 @@ class Roster:
         self._free += self._left
         self._left.clear()
 
-    def slots(self, steps: Steps, block_size: int) -> IntArray:
+    def slots(self, steps: Steps, num_tokens: int, block_size: int) -> IntArray:
         """The KV slot of each token of the steps, one step after the other, int64 [T]."""
-        slots_T = np.empty(steps.num_tokens, np.int64)
+        slots_T = np.empty(num_tokens, np.int64)
         loops.compiled().locate(*steps, self._blocks_RB, block_size, slots_T)
         return slots_T
 

@@ -68,11 +68,12 @@ class ReadStep:
 
 def stacked(steps: Sequence[ReadStep]) -> Steps:
     """Steps that follow each other."""
+    starts = [step.layout.query_start_loc for step in steps]
     return Steps(
         np.array([len(step.rows_R) for step in steps]),
         np.array([step.num_steps for step in steps]),
         np.concatenate([step.rows_R for step in steps]),
-        np.concatenate([np.diff(step.layout.query_start_loc) for step in steps]),
+        np.concatenate([each[1:] - each[:-1] for each in starts]),
         np.concatenate([step.layout.first_positions for step in steps]),
     )
 
