@@ -36,6 +36,12 @@ LEAD_IN_SECONDS = 0.05
 """Steps shorter than this notice what other engines left in the caches."""
 
 
+def enter_environment() -> None:
+    """Begin anew with the engines' environment: OpenMP and PyTorch read theirs when loaded."""
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ENVIRONMENT})
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What an engine under test is; without ``config`` it is vLLM as it comes."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import ENGINE_ARGS, spec
 from engine_child import Engine, place
-from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
+from engine_pair import ENGINE_CORE, HUB_CORE, enter_environment
 from random_model import SHAPES, write_model
 
 WARM_UP_STEPS = 50
@@ -68,6 +68,7 @@ def clocks() -> dict[str, Clock]:
         "finish": (EngineRuntime, "finish"),
         "count one more": (readout.Readout, "extend"),
         "settle": (readout.Readout, "settle"),
+        "settle: requests": (tape.Tape, "requests"),
         "settle: slots": (roster.Roster, "slots"),
         "settle: keep": (slots.SlotCache, "write"),
         "tell": (readout.Readout, "tell"),
@@ -89,10 +90,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
     arguments = parser.parse_args()
+    enter_environment()
     with tempfile.TemporaryDirectory(prefix="parts-") as folder:
         model = write_model(Path(folder) / "model", arguments.model)
         made = spec(arguments.column, model, SHAPES[arguments.model], Path(folder))
-        os.environ.update(ENVIRONMENT)
         os.environ["STEERSCOPE_CONFIG"] = str(made.config)
         os.sched_setaffinity(0, {ENGINE_CORE})
         engine = Engine(str(model), ENGINE_ARGS, made.steering)

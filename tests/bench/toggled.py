@@ -24,12 +24,14 @@ import numpy as np
 import ratios
 from bench import CONCURRENCY, ENGINE_ARGS, spec
 from engine_child import PROMPT_TOKENS, Engine, place
-from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE, TURN_SECONDS
+from engine_pair import ENGINE_CORE, HUB_CORE, TURN_SECONDS, enter_environment
 from random_model import SHAPES, write_model
 
-MAX_TOKENS = 3900
+MAX_TOKENS = 600
+"""After which other requests are taken: contexts stay short, where our share is largest."""
 COLUMNS = ("observe-64", "observe-1024", "observe-64x4", "steer-64")
 LEAD_IN_STEPS = 2
+LEAST_TURNS = 8
 
 
 class Switch:
@@ -68,29 +70,30 @@ def know_all_blocks(switch: Switch, engine: Engine) -> None:
     switch.runtime.roster.extend([MoreBlocks(r.request_id, blocks, True) for r in running])
 
 
-def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
-    """One cell of the table."""
+def crowd(engine: Engine, concurrency: int, times: dict[bool, list[Any]]) -> None:
+    """So many requests, and as many turns as they are long."""
     for _ in range(concurrency):
         engine._submit(engine._prompt(PROMPT_TOKENS), MAX_TOKENS)
     engine.steps(10, lead_in=False)
     switch = Switch(engine)
     know_all_blocks(switch, engine)
     one = float(np.median(engine.steps(20, lead_in=False)["ns"])) / 1e9
-    count = max(2, round(TURN_SECONDS / one))
-    cache = engine.engine.vllm_config.cache_config
-    room = min(MAX_TOKENS, cache.num_gpu_blocks * cache.block_size // concurrency) - 200
-    most = room // (2 * (count + LEAD_IN_STEPS))
-    times: dict[bool, list[Any]] = {True: [], False: []}
-    ends_at = time.monotonic() + seconds
-    for turn in range(most):
-        if turn >= 8 and time.monotonic() > ends_at:
-            break
-        for is_on in (True, False) if turn % 2 else (False, True):
+    count = LEAD_IN_STEPS + max(2, round(TURN_SECONDS / one))
+    for _ in range(max(1, (MAX_TOKENS - 50) // (2 * count))):
+        for is_on in (True, False) if len(times[True]) % 2 else (False, True):
             switch.set(is_on)
-            taken = engine.steps(count + LEAD_IN_STEPS, lead_in=False)["ns"]
+            taken = engine.steps(count, lead_in=False)["ns"]
             times[is_on].append(np.array(taken[LEAD_IN_STEPS:]) / 1e3)
     switch.set(True)
     engine.drain()
+
+
+def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
+    """One cell of the table."""
+    times: dict[bool, list[Any]] = {True: [], False: []}
+    ends_at = time.monotonic() + seconds
+    while len(times[True]) < LEAST_TURNS or time.monotonic() < ends_at:
+        crowd(engine, concurrency, times)
     ratio = ratios.throughput(times[False], times[True])
     step_us = float(np.concatenate(times[False]).mean())
     return {
@@ -107,7 +110,6 @@ def column(model: str, name: str, seconds: float) -> None:
     with tempfile.TemporaryDirectory(prefix="toggled-") as folder:
         path = write_model(Path(folder) / "model", model)
         made = spec(name, path, SHAPES[model], Path(folder))
-        os.environ.update(ENVIRONMENT)
         os.environ["STEERSCOPE_CONFIG"] = str(made.config)
         os.sched_setaffinity(0, {ENGINE_CORE})
         engine = Engine(str(path), ENGINE_ARGS, made.steering)
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each cell")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    enter_environment()
     if arguments.one:
         column(*arguments.one, arguments.seconds)
         return 0

@@ -471,7 +471,7 @@ def test_a_step_that_is_lost_is_counted_and_those_around_it_are_told(
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(readout._tape, "advance", fails)
+        patched.setattr(readout._tape, "_advance", fails)
         decode(readout, 5)
     decode(readout, 6)
     decode(readout, 7)
@@ -485,11 +485,12 @@ def test_a_step_with_a_request_of_which_nothing_is_known_is_lost_and_counted(
 ):
     emit(readout, ("a", 0, 4), ("b", 10, 4))
     decode(readout, 4)
-    step(readout, ("a", 5, 1), ("nobody", 3, 1))
-    decode(readout, 6)
+    step(readout, ("a", 5, 1), ("late", 3, 1))
+    readout._roster.arrive([Arrival("late", RequestInfo(Stamp("ext-late"), 5), ())])
+    step(readout, ("a", 6, 1), ("late", 4, 2))
     readout.tell()
     told = [(f.positions, f.query_start_loc, f.dropped_tokens) for f in wire.sent[1:]]
-    assert told == [((4, 14), (0, 1, 2), 2), ((6, 16), (0, 1, 2), 2)]
+    assert told == [((4, 14), (0, 1, 2), 2), ((6, 4), (0, 1, 3), 2)]
 
 
 def test_a_step_whose_start_fails_is_lost_and_the_request_is_introduced_with_the_next(

@@ -13,8 +13,9 @@ that run, from the first step on that ends without the hub.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence, Set
@@ -29,7 +30,7 @@ import zmq
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, RequestInfo, StepLayout
 from steerscope.engine.roster import Roster
 from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
-from steerscope.engine.tape import Reading, ReadStep, Tape, stacked
+from steerscope.engine.tape import Reading, ReadStep, Tape
 from steerscope.engine.taps import SiteTap
 from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import canonical_json, steering_digest
@@ -61,6 +62,15 @@ NO_SLOTS: IntArray = np.zeros(0, np.int64)
 _log = logging.getLogger(__name__)
 
 
+@functools.cache
+def _frames_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """ZeroMQ for frames alone: its thread does not take the core of the thread that wakes it."""
+    context = zmq.Context()
+    if hasattr(os, "SCHED_BATCH"):  # Linux
+        context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)
+    return context
+
+
 class FrameSender:
     """PUSH socket to the hub's fan-in. Nothing here blocks, and ``send`` never raises.
 
@@ -69,7 +79,7 @@ class FrameSender:
     """
 
     def __init__(self, endpoint: str) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = _frames_context().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._has_lost_hub = False
@@ -166,8 +176,8 @@ class Readout:
         self._waiting: list[ReadStep] = []
         self._met: Sequence[str] = ()
         """The requests of the step."""
-        self._rows_R = NO_SLOTS
-        """Of those, in the roster."""
+        self._rows_R: IntArray | None = None
+        """Of those, in the roster; None where it does not know them all."""
         self._newcomers: set[str] = set()
         """Those that no hub was told of."""
         self._num_kept = 0
@@ -224,14 +234,14 @@ class Readout:
 
     def meet(self, layout: StepLayout) -> None:
         """The step is about to run; those after it that go on from it are not told of."""
-        if layout.req_ids == self._met and not self._newcomers:
+        if layout.req_ids == self._met and not self._newcomers and self._rows_R is not None:
             return
-        self._met, self._rows_R = layout.req_ids, NO_SLOTS  # never those of another step
+        self._met, self._rows_R = layout.req_ids, None  # never those of another step
         self._newcomers = self._strangers(layout)
         if any(end.request_id in self._newcomers for end in self._untold.ended):
             self.tell()  # the id comes back as another request
             self._newcomers = self._strangers(layout)
-        with contextlib.suppress(KeyError):  # ``hold`` has no place for a step of who knows whom
+        with contextlib.suppress(KeyError):
             self._rows_R = self._roster.rows(layout.req_ids)
 
     def emit(self, layout: StepLayout, steered_E: IntArray) -> None:
@@ -242,10 +252,12 @@ class Readout:
 
     def hold(self, layout: StepLayout, steered_E: IntArray) -> None:
         """Have the step taken once ``release`` says what was accepted."""
-        num_tokens = int(layout.query_start_loc[-1])
-        if (row := self._advance(num_tokens, steered_E)) is not None:
-            now_ns = time.monotonic_ns()
-            self._held = ReadStep(layout, num_tokens, steered_E, row, self._rows_R, now_ns)
+        try:
+            if self._rows_R is None:
+                raise KeyError("a request that the scheduler did not tell of")
+            self._held = self._tape.add(layout, self._rows_R, steered_E)
+        except Exception:
+            self._lose_step(int(layout.query_start_loc[-1]))
 
     def release(self, ends: Mapping[str, int]) -> None:
         """Take the step that was held, if there is one.
@@ -262,9 +274,11 @@ class Readout:
             self.emit(plan.last, steered_E)
             return
         step = self._waiting[-1]
-        if self._advance(step.num_each, steered_E) is None:
+        try:
+            self._tape.add_to(step, steered_E)
+        except Exception:
+            self._lose_step(step.num_each)
             return
-        step.num_steps += 1
         self._account()
         if self._tape.is_full or time.monotonic_ns() >= self._due_ns:
             self.tell()
@@ -277,7 +291,8 @@ class Readout:
         try:
             self._tape.wait()
             num_tokens = sum(step.num_tokens for step in steps)
-            slots = self._roster.slots(stacked(steps), num_tokens, self._block_size)
+            requests = self._tape.requests(steps)
+            slots = self._roster.slots(requests, num_tokens, self._block_size)
             self._kept.write(slots, self._tape.values(steps))
         except Exception:
             self._fail(0)
@@ -312,16 +327,10 @@ class Readout:
         """Whether there is something to tell besides tokens of this step."""
         return bool(self._untold.ended or self._untold.changed or self._waiting)
 
-    def _advance(self, num_tokens: int, steered_E: IntArray) -> int | None:
-        """The row of the tape where the step is; None if it is lost, and then nothing waits."""
-        try:
-            if len(self._rows_R) < len(self._met):
-                raise KeyError("a request that the scheduler did not tell of")
-            return self._tape.advance(num_tokens, bool(steered_E.size))
-        except Exception:
-            self._fail(num_tokens)
-            self.tell()
-            return None
+    def _lose_step(self, num_tokens: int) -> None:
+        """It is nowhere on the tape: none goes on from it."""
+        self._fail(num_tokens)
+        self.tell()
 
     def _take(self, step: ReadStep, ends: Mapping[str, int]) -> None:
         """Let the step wait for more to be told with it, if it may."""
@@ -337,8 +346,7 @@ class Readout:
                 self._newcomers = set()
             except Exception:
                 self._waiting.pop()
-                self._fail(step.num_tokens)
-                self.tell()
+                self._lose_step(step.num_tokens)
         if self._tape.is_full or step.read_ns >= self._due_ns:
             self.tell()
 
@@ -352,8 +360,9 @@ class Readout:
             self._tape.wait()
             read = self._tape.read(step).accepted(ends)
             if self._kept is not None:
-                accepted = dataclasses.replace(step, layout=read.layout)
-                slots = self._roster.slots(stacked([accepted]), read.num_tokens, self._block_size)
+                lengths_R = np.diff(read.layout.query_start_loc)
+                accepted = self._tape.requests([step])._replace(lengths_P=lengths_R)
+                slots = self._roster.slots(accepted, read.num_tokens, self._block_size)
                 self._kept.write(slots, read.values)
             self._start(step.layout, self._strangers(step.layout))
         except Exception:

@@ -9,6 +9,7 @@ Shapes: N rows of the tape, T tokens, R requests, F features of a site, E tokens
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,8 +45,8 @@ class ReadStep:
     steered: IntArray
     """Those of them that are steered."""
     row: int
-    rows_R: IntArray
-    """Of its requests in the roster."""
+    place: int
+    """Where its requests are in the tape's list."""
     read_ns: int
     """On the monotonic clock; of several, the first one's."""
     num_steps: int = 1
@@ -64,18 +65,6 @@ class ReadStep:
         starts = np.arange(self.num_steps) * self.num_each
         tokens: IntArray = (starts[:, None] + self.steered).ravel()
         return tokens
-
-
-def stacked(steps: Sequence[ReadStep]) -> Steps:
-    """Steps that follow each other."""
-    starts = [step.layout.query_start_loc for step in steps]
-    return Steps(
-        np.array([len(step.rows_R) for step in steps]),
-        np.array([step.num_steps for step in steps]),
-        np.concatenate([step.rows_R for step in steps]),
-        np.concatenate([each[1:] - each[:-1] for each in starts]),
-        np.concatenate([step.layout.first_positions for step in steps]),
-    )
 
 
 class Reading(NamedTuple):
@@ -146,6 +135,9 @@ class Tape:
         self._native = step.native
         self._max_waiting = step.max_waiting
         num_rows = max_num_tokens + step.max_waiting
+        self._place = 0
+        self._requests_3P = np.zeros((3, num_rows), np.int64)
+        """Of each step's requests in turn: row of the roster, tokens, position of the first."""
         self._sites = [_SiteTape(tap, num_rows) for tap in taps]
         on_gpu = any(tap.acts_TF.is_cuda for tap in taps)
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
@@ -160,24 +152,40 @@ class Tape:
         """Whether what waits must be told before the next step."""
         return self._row > self._max_waiting
 
-    def advance(self, num_tokens: int, with_edits: bool) -> int:
-        """The forward pass was launched: the row where its values are, or will be."""
-        row = self._row
-        self._row = self._native.first_row = row + num_tokens
-        if self._event is not None:
-            for site in self._sites:
-                site.fetch(row, num_tokens, with_edits)
-            self._event.record()
-        return row
+    def add(self, layout: StepLayout, rows_R: IntArray, steered: IntArray) -> ReadStep:
+        """The forward pass was launched: the step, whose values are on the tape, or will be.
+
+        ``rows_R``: its requests' in the roster.
+        """
+        starts, place, num_requests = layout.query_start_loc, self._place, len(rows_R)
+        rows_P, lengths_P, positions_P = self._requests_3P[:, place : place + num_requests]
+        rows_P[:] = rows_R
+        np.subtract(starts[1:], starts[:-1], out=lengths_P)
+        positions_P[:] = layout.first_positions
+        num_tokens = int(starts[-1])
+        row = self._advance(num_tokens, steered)
+        self._place += num_requests
+        return ReadStep(layout, num_tokens, steered, row, place, time.monotonic_ns())
+
+    def add_to(self, step: ReadStep, steered: IntArray) -> None:
+        """The same as ``add`` of a step that goes on from the newest one, steered alike."""
+        self._advance(step.num_each, steered)
+        step.num_steps += 1
 
     def rewind(self) -> None:
         """All was told: the next step goes where the first one went."""
-        self._row = self._native.first_row = 0
+        self._row = self._native.first_row = self._place = 0
 
     def wait(self) -> None:
         """Until all values are there."""
         if self._event is not None:
             self._event.synchronize()
+
+    def requests(self, steps: Sequence[ReadStep]) -> Steps:
+        """Who has which tokens in steps that follow each other."""
+        counts = [[len(s.layout.req_ids) for s in steps], [s.num_steps for s in steps]]
+        first, last = steps[0].place, steps[-1].place + counts[0][-1]
+        return Steps(*np.array(counts), *self._requests_3P[:, first:last])
 
     def values(self, steps: Sequence[ReadStep]) -> Values:
         """Of steps that follow each other, in the order of the tape.
@@ -205,10 +213,10 @@ class Tape:
         return [reading for step in steps for reading in self.readings([step])]
 
     def _merged(self, steps: Sequence[ReadStep]) -> Reading | None:
-        stack, num_tokens = stacked(steps), sum(step.num_tokens for step in steps)
-        order_T, first_P = np.empty(num_tokens, np.int64), np.empty_like(stack.rows_P)
+        requests, num_tokens = self.requests(steps), sum(step.num_tokens for step in steps)
+        order_T, first_P = np.empty(num_tokens, np.int64), np.empty_like(requests.rows_P)
         starts_P = np.empty(len(first_P) + 1, np.int64)
-        num_requests = loops.compiled().merge(*stack, first_P, starts_P, order_T)
+        num_requests = loops.compiled().merge(*requests, first_P, starts_P, order_T)
         if num_requests < 0:
             return None
         ids = [req_id for step in steps for req_id in step.layout.req_ids]
@@ -216,7 +224,7 @@ class Tape:
         layout = StepLayout(
             tuple(ids[p] for p in first_R.tolist()),
             starts_P[: num_requests + 1],
-            stack.positions_P[first_R],
+            requests.positions_P[first_R],
         )
         first_row, at_E = steps[0].row, NO_TOKENS
         if any(step.steered.size for step in steps):
@@ -225,6 +233,15 @@ class Tape:
                 is_steered_T[step.steered_T + (step.row - first_row)] = True
             at_E = np.flatnonzero(is_steered_T[order_T])
         return Reading(layout, self._values(first_row + order_T, at_E), steps[0].read_ns)
+
+    def _advance(self, num_tokens: int, steered: IntArray) -> int:
+        row = self._row
+        self._row = self._native.first_row = row + num_tokens
+        if self._event is not None:
+            for site in self._sites:
+                site.fetch(row, num_tokens, bool(steered.size))
+            self._event.record()
+        return row
 
     def _values(self, rows: slice | IntArray, steered: IntArray) -> Values:
         return Values(steered, [site.read(rows, steered) for site in self._sites])
