@@ -445,11 +445,11 @@ class Readout:
 
     def _start(self, layout: StepLayout, strangers: Set[str]) -> None:
         """The hub is to be told of them, each with the first position it ever had."""
-        firsts = zip(layout.req_ids, layout.first_positions.tolist(), strict=True)
-        found = [(req_id, position) for req_id, position in firsts if req_id in strangers]
-        if any(position for _, position in found):
+        places = sorted(map(layout.req_ids.index, strangers))
+        if layout.first_positions[places].any():
             self.settle()  # what they found in the prefix cache may be of a step that waits
-        for req_id, position in found:
+        for r in places:
+            req_id, position = layout.req_ids[r], int(layout.first_positions[r])
             info = self._roster.info(req_id)
             self._untold.started[req_id] = (
                 self._resumption(req_id, info, position)

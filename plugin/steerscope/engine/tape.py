@@ -45,8 +45,8 @@ class ReadStep:
     steered: IntArray
     """Those of them that are steered."""
     row: int
-    place: int
-    """Where its requests are in the tape's list."""
+    rows_R: IntArray
+    """Of its requests in the roster."""
     read_ns: int
     """On the monotonic clock; of several, the first one's."""
     num_steps: int = 1
@@ -135,9 +135,8 @@ class Tape:
         self._native = step.native
         self._max_waiting = step.max_waiting
         num_rows = max_num_tokens + step.max_waiting
-        self._place = 0
-        self._requests_3P = np.zeros((3, num_rows), np.int64)
-        """Of each step's requests in turn: row of the roster, tokens, position of the first."""
+        self._stack: tuple[slice, Steps] | None = None
+        """Rows of the tape, and the steps that are there."""
         self._sites = [_SiteTape(tap, num_rows) for tap in taps]
         on_gpu = any(tap.acts_TF.is_cuda for tap in taps)
         self._event = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
@@ -157,15 +156,9 @@ class Tape:
 
         ``rows_R``: its requests' in the roster.
         """
-        starts, place, num_requests = layout.query_start_loc, self._place, len(rows_R)
-        rows_P, lengths_P, positions_P = self._requests_3P[:, place : place + num_requests]
-        rows_P[:] = rows_R
-        np.subtract(starts[1:], starts[:-1], out=lengths_P)
-        positions_P[:] = layout.first_positions
-        num_tokens = int(starts[-1])
+        num_tokens = int(layout.query_start_loc[-1])
         row = self._advance(num_tokens, steered)
-        self._place += num_requests
-        return ReadStep(layout, num_tokens, steered, row, place, time.monotonic_ns())
+        return ReadStep(layout, num_tokens, steered, row, rows_R, time.monotonic_ns())
 
     def add_to(self, step: ReadStep, steered: IntArray) -> None:
         """The same as ``add`` of a step that goes on from the newest one, steered alike."""
@@ -174,7 +167,8 @@ class Tape:
 
     def rewind(self) -> None:
         """All was told: the next step goes where the first one went."""
-        self._row = self._native.first_row = self._place = 0
+        self._row = self._native.first_row = 0
+        self._stack = None
 
     def wait(self) -> None:
         """Until all values are there."""
@@ -183,18 +177,19 @@ class Tape:
 
     def requests(self, steps: Sequence[ReadStep]) -> Steps:
         """Who has which tokens in steps that follow each other."""
-        counts = [[len(s.layout.req_ids) for s in steps], [s.num_steps for s in steps]]
-        first, last = steps[0].place, steps[-1].place + counts[0][-1]
-        return Steps(*np.array(counts), *self._requests_3P[:, first:last])
+        rows = _rows(steps)
+        if self._stack is None or self._stack[0] != rows:
+            self._stack = rows, _stacked(steps)
+        return self._stack[1]
 
     def values(self, steps: Sequence[ReadStep]) -> Values:
         """Of steps that follow each other, in the order of the tape.
 
         They hold until it is rewound and written again.
         """
-        first, last = steps[0].row, steps[-1].row + steps[-1].num_tokens
-        steered = [step.steered_T + (step.row - first) for step in steps if step.steered.size]
-        return self._values(slice(first, last), np.concatenate(steered) if steered else NO_TOKENS)
+        rows = _rows(steps)
+        steered = [s.steered_T + (s.row - rows.start) for s in steps if s.steered.size]
+        return self._values(rows, np.concatenate(steered) if steered else NO_TOKENS)
 
     def read(self, step: ReadStep) -> Reading:
         """One step alone."""
@@ -245,6 +240,23 @@ class Tape:
 
     def _values(self, rows: slice | IntArray, steered: IntArray) -> Values:
         return Values(steered, [site.read(rows, steered) for site in self._sites])
+
+
+def _rows(steps: Sequence[ReadStep]) -> slice:
+    """Where steps that follow each other are on the tape."""
+    return slice(steps[0].row, steps[-1].row + steps[-1].num_tokens)
+
+
+def _stacked(steps: Sequence[ReadStep]) -> Steps:
+    """One after the other: done once for all that wait, since each call of numpy's costs."""
+    starts = [step.layout.query_start_loc for step in steps]
+    return Steps(
+        np.array([len(step.rows_R) for step in steps]),
+        np.array([step.num_steps for step in steps]),
+        np.concatenate([step.rows_R for step in steps]),
+        np.concatenate([each[1:] - each[:-1] for each in starts]),
+        np.concatenate([step.layout.first_positions for step in steps]),
+    )
 
 
 def _pinned(device: Tensor, num_rows: int) -> Tensor:
