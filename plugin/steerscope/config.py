@@ -65,7 +65,7 @@ class HubSettings(_Settings, frozen=True):
     max_reports: Positive = 10_000
     report_ttl_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 600.0
     max_tokens_per_report: Positive = 4096
-    max_report_bytes: Positive = 64 << 20
+    max_report_bytes: Positive = 48 << 20
     max_frame_wait_seconds: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 10.0
 
 

@@ -93,6 +93,15 @@ LOADS = (
     replace(FINISHING, name="1,000 requests/s, 16 sites", num_sites=16),
     replace(FINISHING, name="1,000 requests/s, watched and scraped", watched=True),
     replace(FINISHING, name="1,000 requests/s, 256 features", num_features=256),
+    replace(
+        FINISHING,
+        name="100 requests/s of 1,024 tokens, 256 features",
+        rate=102_400,
+        num_requests=1,
+        num_features=256,
+        prompt_tokens=1024,
+        num_tokens=1024,
+    ),
     replace(DECODE, name="as fast as it can be sent", rate=0, seconds=5),
     replace(FINISHING, name="as fast, requests of 16 tokens", rate=0, seconds=5),
 )

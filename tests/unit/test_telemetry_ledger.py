@@ -1,4 +1,6 @@
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -235,6 +237,22 @@ def test_where_there_is_no_room_what_runs_keeps_no_more_and_its_signals_stay_exa
         ledger.feed(frame(catalog, finished=("a",)), 1.0)
     assert scores(cut) == scores(kept)
     assert scores(cut)["in_answer"].score is not None
+
+
+def test_what_a_track_holds_is_free_as_soon_as_it_is_forgotten(make_ledger, catalog):
+    """And not when Python next looks for cycles: megabytes would wait for it."""
+    ledger = make_ledger(max_bytes=1)
+    gc.disable()
+    try:
+        tracks = []
+        for name in ("first", "second"):
+            told = frame(catalog, (name, 0, 9), acts=ramp(0, 9), started=(start(name, 9),))
+            ledger.feed(told, 1.0)
+            tracks.append(weakref.ref(ledger.report(name)[0]))
+            ledger.feed(frame(catalog, finished=(name,)), 1.0)
+        assert [track() is not None for track in tracks] == [False, True]
+    finally:
+        gc.enable()
 
 
 def test_what_ended_makes_room_for_what_runs(make_ledger, catalog):

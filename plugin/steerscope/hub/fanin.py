@@ -14,6 +14,9 @@ from steerscope.telemetry.observer import Observer
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 """A larger message is refused by the socket before it is read."""
 
+READ_AHEAD_MESSAGES = 32
+"""Frames that wait in our memory; more wait in their worker's, which drops what is too much."""
+
 EXPIRE_EVERY_SECONDS = 1.0
 
 
@@ -29,6 +32,7 @@ class FanIn:
         self._max_wait_ns = int(max_wait_seconds * 1e9)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.RCVHWM, READ_AHEAD_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(frames_address(endpoint))
 

@@ -212,8 +212,8 @@ class RequestLedger:
             if track.ended_at >= self._ranks[step.key]:
                 track.finish(self._score(track), now)
                 self._finished[key] = self._running.pop(key)
-                self._room.charge(track.num_bytes - track.num_taken)
-                track.num_taken = track.num_bytes
+                self._room.charge(track.num_bytes - track.holding.num_taken)
+                track.holding.num_taken = track.num_bytes
                 step.finished.append(track)
 
     def _free(self) -> bool:
@@ -230,7 +230,7 @@ class RequestLedger:
 
     def _forget(self, key: TrackKey, tracks: dict[TrackKey, RequestTrack]) -> None:
         track = tracks.pop(key)
-        self._room.give(track.num_taken)
+        self._room.give(track.holding.num_taken)
         siblings = self._by_external_id[track.start.external_id]
         siblings.remove(track)
         if not siblings:

@@ -35,3 +35,21 @@ class Room:
     def give(self, num_bytes: int) -> None:
         """Give them back."""
         self.num_taken -= num_bytes
+
+
+class Holding:
+    """What one sequence has of the room. It knows of no track, so that tracks are freed at once.
+
+    Args:
+        take: grants bytes of the room, or not.
+    """
+
+    def __init__(self, take: Callable[[int], bool]) -> None:
+        self._take = take
+        self.num_taken = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether there is room for so many more, which are then taken."""
+        is_granted = self._take(num_bytes)
+        self.num_taken += num_bytes * is_granted
+        return is_granted

@@ -23,6 +23,7 @@ import numpy as np
 from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
 from steerscope.telemetry.frames import MAX_POSITION, RequestStart, SteeringChange
+from steerscope.telemetry.room import Holding
 from steerscope.telemetry.steered import SteeredTokens
 
 BYTES_PER_TRACK = 4096
@@ -119,10 +120,9 @@ class RequestTrack:
         self.scores: tuple[Score, ...] = ()
         self.policy, self.digest, self.changed_at = start.policy, start.digest, 0
         self.source, self.rule, self.asked = start.source, start.rule, start.asked
-        self._take = take
-        self.num_taken = 0
-        """Bytes of the ledger's room."""
-        self.steered = SteeredTokens(len(columns.features), limit, self._takes)
+        self.holding = Holding(take)
+        """Of the ledger's room."""
+        self.steered = SteeredTokens(len(columns.features), limit, self.holding.take)
         self.interventions = _interventions(start.interventions)
         self._limit = limit
         self._passes: list[Pass] = []
@@ -297,14 +297,9 @@ class RequestTrack:
     def _make_room(self, stop: int) -> None:
         self._seen_NS = grown(self._seen_NS, stop)
         wanted = min(stop, self._limit)
-        self._acts_NF = grown(self._acts_NF, wanted, self._takes)
+        self._acts_NF = grown(self._acts_NF, wanted, self.holding.take)
         if wanted > len(self._acts_NF):  # there is no room: from here on values are not kept
             self._limit = len(self._acts_NF)
-
-    def _takes(self, num_bytes: int) -> bool:
-        is_granted = self._take(num_bytes)
-        self.num_taken += num_bytes * is_granted
-        return is_granted
 
     def _note_pass(self, sites: slice, position: int, stop: int) -> None:
         for newest in reversed(self._passes):
