@@ -82,6 +82,16 @@ class TestSlotCache:
         doses = np.full(len(edited), 0.5, np.float32)
         return Values(steered, [SiteValues(acts, acts[steered], doses)])
 
+    def test_where_a_slot_comes_again_the_last_token_counts(self):
+        cache = SlotCache((3,), 10, 1 << 20)
+        values = self.values(5, edited=(0, 1, 3))
+        cache.write(np.array([4, 2, 4, 2, 7]), values)
+        known, (steered, (site,)) = cache.read(np.array([2, 4, 7]))
+        assert known.all()
+        assert steered.tolist() == [0]
+        assert np.array_equal(site.acts, values.sites[0].acts[[3, 2, 4]])
+        assert np.array_equal(site.deltas, values.sites[0].acts[[3]])
+
     def test_what_was_written_is_read_and_nothing_else(self):
         cache = SlotCache((3,), 10, 1 << 20)
         cache.write(np.array([4, 2]), self.values(2, edited=(1,)))

@@ -138,22 +138,33 @@ def _keep(
 
 
 def _keep_edits(
-    slots_E: IntArray,
+    slots_T: IntArray,
+    steered_E: IntArray,
     deltas_EF: FloatArray,
     doses_E: FloatArray,
     kept_deltas_NF: FloatArray,
     kept_doses_N: FloatArray,
     state_N: npt.NDArray[np.uint8],
 ) -> None:
-    """Keep what was changed at the steered tokens; a slot where something was is marked so."""
-    for e in range(len(slots_E)):
-        slot = slots_E[e]
+    """Keep what was changed at the steered tokens; a slot where something was is marked so.
+
+    Of several tokens with the same slot the last one counts: where it is not steered, the slot is
+    seen and no more.
+    """
+    e = 0
+    for t in range(len(slots_T)):
+        slot = slots_T[t]
+        is_steered = e < len(steered_E) and steered_E[e] == t
         if slot < len(state_N):
-            kept_doses_N[slot] = doses_E[e]
-            for f in range(deltas_EF.shape[1]):
-                kept_deltas_NF[slot, f] = deltas_EF[e, f]
-            if doses_E[e] > 0.0:
-                state_N[slot] = EDITED
+            if is_steered:
+                kept_doses_N[slot] = doses_E[e]
+                for f in range(deltas_EF.shape[1]):
+                    kept_deltas_NF[slot, f] = deltas_EF[e, f]
+                if doses_E[e] > 0.0:
+                    state_N[slot] = EDITED
+            elif state_N[slot] == EDITED:
+                state_N[slot] = SEEN
+        e += is_steered
 
 
 def _follows(
@@ -217,6 +228,6 @@ def _call_each(loops: Loops) -> None:
     loops.locate(row, row, row, row, row, blocks, 1, row)
     loops.merge(row, row, row, row, row, row, starts, row)
     loops.keep(row, table, table, state)
-    loops.keep_edits(row, table, dose, table, dose, state)
+    loops.keep_edits(row, row, table, dose, table, dose, state)
     for ints in (np.int64, np.int32):  # vLLM's runners have the shorter ones
         loops.follows(starts.astype(ints), row.astype(ints), row, row)

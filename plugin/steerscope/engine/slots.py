@@ -73,7 +73,7 @@ class SlotCache:
         memory.find_pages([self._state, *self._acts])
 
     def write(self, slots: IntArray, values: Values) -> None:
-        """Keep a step's values, token t's under ``slots[t]``."""
+        """Keep values, token t's under ``slots[t]``; the last one's where a slot comes again."""
         keep, keep_edits = loops.compiled().keep, loops.compiled().keep_edits
         for kept, site in zip(self._acts, values.sites, strict=True):
             keep(slots, site.acts, kept, self._state)
@@ -81,9 +81,10 @@ class SlotCache:
             if not self._has_edits:
                 self._has_edits = True
                 memory.find_pages([*self._deltas, *self._doses])
-            slots_E = slots[values.steered]
             for deltas, doses, site in zip(self._deltas, self._doses, values.sites, strict=True):
-                keep_edits(slots_E, site.deltas, site.doses, deltas, doses, self._state)
+                keep_edits(
+                    slots, values.steered, site.deltas, site.doses, deltas, doses, self._state
+                )
 
     def num_foreign(self, slots: IntArray) -> int:
         """How many of the slots hold KV that came from elsewhere."""
