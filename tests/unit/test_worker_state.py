@@ -92,6 +92,16 @@ class TestSlotCache:
         assert np.array_equal(site.acts, values.sites[0].acts[[3, 2, 4]])
         assert np.array_equal(site.deltas, values.sites[0].acts[[3]])
 
+    def test_of_a_slot_that_comes_again_it_is_known_at_which_site_the_last_token_was_edited(self):
+        cache = SlotCache((1, 1), 10, 1 << 20)
+        one, none = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
+        acts = np.ones((2, 1), np.float32)
+        first, second = SiteValues(acts, one, one[0]), SiteValues(acts, none, none[0])
+        cache.write(np.array([4, 4]), Values(np.array([1]), [first, second]))
+        _, (steered, sites) = cache.read(np.array([4]))
+        assert steered.tolist() == [0]
+        assert [site.doses.tolist() for site in sites] == [[1.0], [0.0]]
+
     def test_what_was_written_is_read_and_nothing_else(self):
         cache = SlotCache((3,), 10, 1 << 20)
         cache.write(np.array([4, 2]), self.values(2, edited=(1,)))

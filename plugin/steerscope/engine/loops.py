@@ -138,32 +138,33 @@ def _keep(
 
 
 def _keep_edits(
-    slots_T: IntArray,
-    steered_E: IntArray,
+    slots_E: IntArray,
     deltas_EF: FloatArray,
     doses_E: FloatArray,
     kept_deltas_NF: FloatArray,
     kept_doses_N: FloatArray,
+) -> None:
+    """Keep what was changed at the steered tokens."""
+    for e in range(len(slots_E)):
+        slot = slots_E[e]
+        if slot < len(kept_doses_N):
+            kept_doses_N[slot] = doses_E[e]
+            for f in range(deltas_EF.shape[1]):
+                kept_deltas_NF[slot, f] = deltas_EF[e, f]
+
+
+def _mark(
+    slots_T: IntArray,
+    steered_E: IntArray,
+    is_edited_E: npt.NDArray[np.bool_],
     state_N: npt.NDArray[np.uint8],
 ) -> None:
-    """Keep what was changed at the steered tokens; a slot where something was is marked so.
-
-    Of several tokens with the same slot the last one counts: where it is not steered, the slot is
-    seen and no more.
-    """
+    """Say which slots' tokens were edited at some site, the last token's where one comes again."""
     e = 0
     for t in range(len(slots_T)):
-        slot = slots_T[t]
         is_steered = e < len(steered_E) and steered_E[e] == t
-        if slot < len(state_N):
-            if is_steered:
-                kept_doses_N[slot] = doses_E[e]
-                for f in range(deltas_EF.shape[1]):
-                    kept_deltas_NF[slot, f] = deltas_EF[e, f]
-                if doses_E[e] > 0.0:
-                    state_N[slot] = EDITED
-            elif state_N[slot] == EDITED:
-                state_N[slot] = SEEN
+        if slots_T[t] < len(state_N):
+            state_N[slots_T[t]] = EDITED if is_steered and is_edited_E[e] else SEEN
         e += is_steered
 
 
@@ -192,6 +193,7 @@ class Loops(NamedTuple):
     merge: Callable[..., int]
     keep: Callable[..., None]
     keep_edits: Callable[..., None]
+    mark: Callable[..., None]
     follows: Callable[..., bool]
 
 
@@ -211,7 +213,7 @@ def _compile() -> Loops:
     from numba import njit  # an import of a third of a second, which only workers need
 
     jit = njit(error_model="numpy", nogil=True)
-    loops = Loops(*map(jit, (_lay, _locate, _merge, _keep, _keep_edits, _follows)))
+    loops = Loops(*map(jit, (_lay, _locate, _merge, _keep, _keep_edits, _mark, _follows)))
     _call_each(loops)
     return loops
 
@@ -228,6 +230,7 @@ def _call_each(loops: Loops) -> None:
     loops.locate(row, row, row, row, row, blocks, 1, row)
     loops.merge(row, row, row, row, row, row, starts, row)
     loops.keep(row, table, table, state)
-    loops.keep_edits(row, row, table, dose, table, dose, state)
+    loops.keep_edits(row, table, dose, table, dose)
+    loops.mark(row, row, dose > 0.0, state)
     for ints in (np.int64, np.int32):  # vLLM's runners have the shorter ones
         loops.follows(starts.astype(ints), row.astype(ints), row, row)

@@ -74,17 +74,18 @@ class SlotCache:
 
     def write(self, slots: IntArray, values: Values) -> None:
         """Keep values, token t's under ``slots[t]``; the last one's where a slot comes again."""
-        keep, keep_edits = loops.compiled().keep, loops.compiled().keep_edits
+        compiled = loops.compiled()
         for kept, site in zip(self._acts, values.sites, strict=True):
-            keep(slots, site.acts, kept, self._state)
+            compiled.keep(slots, site.acts, kept, self._state)
         if values.steered.size:
             if not self._has_edits:
                 self._has_edits = True
                 memory.find_pages([*self._deltas, *self._doses])
+            is_edited_E = np.logical_or.reduce([site.doses > 0.0 for site in values.sites])
+            compiled.mark(slots, values.steered, is_edited_E, self._state)
+            slots_E = slots[values.steered]
             for deltas, doses, site in zip(self._deltas, self._doses, values.sites, strict=True):
-                keep_edits(
-                    slots, values.steered, site.deltas, site.doses, deltas, doses, self._state
-                )
+                compiled.keep_edits(slots_E, site.deltas, site.doses, deltas, doses)
 
     def num_foreign(self, slots: IntArray) -> int:
         """How many of the slots hold KV that came from elsewhere."""
