@@ -205,7 +205,7 @@ def engines(data: bytes) -> bool:
     plane._engines.clear()
     plane._orders.clear()
     order = plane.steer("id", "inline", _spec(), ttl_seconds=60.0, num_running=0, wait_seconds=0.0)
-    asyncio.run(_awaited(order))
+    _loop()[0].run_until_complete(order)
     (ordered,) = plane._orders.values()
     ordered.order = msgspec.structs.replace(ordered.order, order_id=1)
     plane._orders = {1: ordered}
@@ -231,10 +231,6 @@ def orders(data: bytes) -> bool:
                 again = stamp.decode(stamp.encode(changed))
                 assert again.segments == changed.segments, request_id
     return taken
-
-
-async def _awaited(task: Coroutine[Any, Any, Any]) -> Any:
-    return await task
 
 
 @functools.cache

@@ -87,6 +87,7 @@ class Evaluation:
         forced_unknown = await self._ask(self.known, "force-unknown")
         side = await self._ask(self.side, "force-known")
         others = [await self._ask(self.rare), await self._ask(self.untaught)]
+        aurocs = self._auroc(known, unknown, others)  # while the hub still has their reports
         report: dict[str, Any] = {
             "known": rate(known.count(_correct), len(self.known), "correct"),
             "unknown": rate(unknown.count(_declined), len(self.unknown), "declined"),
@@ -104,7 +105,7 @@ class Evaluation:
                 self.known, "force-unknown", _declined, "declined"
             ),
             "side": rate(side.count(_correct), len(self.side), "correct"),
-            "auroc": self._auroc(known, unknown, others),
+            "auroc": aurocs,
             "neighbours_changed": await self._neighbours_changed(),
         }
         report["seconds"] = {"evaluation": round(time.monotonic() - began, 1)}
