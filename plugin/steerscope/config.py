@@ -329,10 +329,27 @@ def _secured(settings: Settings, base: Path, where: str) -> Settings:
     return msgspec.structs.replace(settings, security=security, steering=steering)
 
 
+_BESIDE_THE_GRAPH = {
+    *("catalog", "allow_fine_tune", "model_match", "policies", "rules", "hub", "state"),
+    *("audit", "security", "otel", "canary"),
+}
+"""Of the settings, what can change without another compilation. Of the catalog's path only the
+digest counts."""
+
+
 def to_tree(settings: Settings) -> dict[str, Any]:
     """The settings as plain JSON-able data, for ``VllmConfig.additional_config``."""
     tree: dict[str, Any] = msgspec.to_builtins(settings)
     return tree
+
+
+def of_graph(additional_config: Any) -> Any | None:
+    """``additional_config`` without what no compiled graph depends on; None when not configured."""
+    if not (isinstance(additional_config, Mapping) and ADDITIONAL_CONFIG_KEY in additional_config):
+        return None
+    tree = additional_config[ADDITIONAL_CONFIG_KEY]
+    kept = {key: value for key, value in tree.items() if key not in _BESIDE_THE_GRAPH}
+    return {**additional_config, ADDITIONAL_CONFIG_KEY: kept}
 
 
 def discover(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings | None:

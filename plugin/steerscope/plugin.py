@@ -39,7 +39,9 @@ def register() -> None:
         return
     from steerscope.engine import seams
 
-    seams.install(seams.Callbacks(launch, launched, front_end, scheduler_side, runtime))
+    seams.install(
+        seams.Callbacks(launch, config.of_graph, launched, front_end, scheduler_side, runtime)
+    )
 
 
 def endpoints() -> ReportRoute:

@@ -3,6 +3,7 @@
 import types
 
 import pytest
+from steerscope import config
 from steerscope.engine import seams
 from steerscope.errors import UnsupportedEngineError
 from steerscope.steering import stamp
@@ -58,3 +59,50 @@ def test_a_step_that_lost_its_note_is_never_run_unsteered():
         seams._is_scheduled(types.SimpleNamespace(scheduled_new_reqs=[new]))
     sampling.extra_args = None
     assert not seams._is_scheduled(types.SimpleNamespace(scheduled_new_reqs=[new]))
+
+
+def _hash(change):
+    """vLLM's own key of compiled graphs, of an engine that has these settings."""
+    from vllm.config import VllmConfig
+
+    tree = {"catalog": "/a", "catalog_digest": "d", "hub": {"max_policies": 5}} | change
+    hashed = next(s for s in seams.SEAMS if s.qualname == "VllmConfig.compute_hash").wrapper
+    callbacks = types.SimpleNamespace(of_graph=config.of_graph)
+    vllm_config = VllmConfig(additional_config={config.ADDITIONAL_CONFIG_KEY: tree, "other": 1})
+    key = hashed(callbacks, VllmConfig.compute_hash, vllm_config)
+    assert vllm_config.additional_config[config.ADDITIONAL_CONFIG_KEY] is tree
+    return key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hub": {"grpc_address": "127.0.0.1:1"}},
+        {"policies": [{"name": "a"}], "rules": {"default": "a"}},
+        {"catalog": "/moved"},
+        {"security": {"tokens_file": "/t"}, "audit": {"path": "/p"}},
+    ],
+)
+def test_a_port_or_a_policy_that_changes_costs_no_compilation(change):
+    assert _hash(change) == _hash({})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"catalog_digest": "e"},
+        {"steering": {"max_rows_per_request": 8}},
+        {"telemetry": {"max_cache_bytes": 1}},
+        {"something_new": 1},
+    ],
+)
+def test_what_may_shape_the_graph_is_part_of_its_key(change):
+    assert _hash(change) != _hash({})
+
+
+def test_a_graph_compiled_without_us_is_another():
+    from vllm.config import VllmConfig
+
+    assert _hash({}) != VllmConfig(additional_config={"other": 1}).compute_hash()
+    assert config.of_graph({"other": 1}) is None
+    assert config.of_graph({}) is None

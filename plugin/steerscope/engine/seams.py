@@ -53,6 +53,8 @@ class Callbacks:
 
     launch: Callable[[Any], Any]
     """additional_config as given → as it must be, or None when we are not configured."""
+    of_graph: Callable[[Any], Any]
+    """additional_config → what of it may shape a compiled graph, or None when not ours."""
     launched: Callable[[Any], None]
     """The finished VllmConfig: check it, start the hub."""
     front_end: Callable[[Any], FrontEnd | None]
@@ -347,6 +349,16 @@ def _launch(
     vllm_config = original(self, *args, **kwargs)
     callbacks.launched(vllm_config)
     return vllm_config
+
+
+def _hashed(callbacks: Callbacks, original: Callable[..., Any], self: Any) -> Any:
+    """A policy or a port that changes must not cost a compilation."""
+    of_graph = callbacks.of_graph(self.additional_config)
+    if of_graph is None:
+        return original(self)
+    shown = copy.copy(self)
+    shown.additional_config = of_graph
+    return original(shown)
 
 
 def _front_end(
@@ -646,6 +658,13 @@ SEAMS = (
         "every launch passes here; additional_config is copied into VllmConfig, hashed into the "
         "compile cache key and sent to every process",
         _launch,
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig.compute_hash",
+        ("self",),
+        "the key of compiled graphs; of additional_config it takes the whole JSON",
+        _hashed,
     ),
     Seam(
         "vllm.v1.engine.input_processor",
