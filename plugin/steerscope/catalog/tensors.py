@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import contextlib
 import mmap
 import struct
 from collections.abc import Sequence
@@ -86,8 +87,12 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file; nothing returned before refers to it."""
-        self._map.close()
+        """Unmap the file; nothing returned before refers to it.
+
+        Where a profiler still holds a frame that does, it is unmapped when that is let go.
+        """
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def entry(self, name: str) -> Entry:
         """The tensor's header; ``CatalogError`` if there is none."""

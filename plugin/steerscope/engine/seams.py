@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,10 +122,15 @@ def _is_there(read: Read, module: Any) -> bool:
         return True
     if dataclasses.is_dataclass(owner):
         return name in {field.name for field in dataclasses.fields(owner)}
-    # Set in __init__, or an annotation: the source is all there is to look at.
-    return (
-        inspect.isclass(owner) and re.search(rf"\b{name}\b", inspect.getsource(owner)) is not None
-    )
+    return inspect.isclass(owner) and any(name in _attributes(kind) for kind in owner.__mro__)
+
+
+def _attributes(kind: type) -> Iterator[str]:
+    """What the methods of a class set or read of its instances, and what it annotates."""
+    yield from vars(kind).get("__annotations__", ())
+    for member in vars(kind).values():
+        if inspect.isfunction(member):
+            yield from inspect.unwrap(member).__code__.co_names
 
 
 def _patch(seam: Seam, callbacks: Callbacks, module: Any) -> None:

@@ -180,7 +180,7 @@ def _wait(server: DemoServer) -> None:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{server.base_url}/health", timeout=2).close()
             return
-        time.sleep(0.5)
+        time.sleep(0.05)
     raise HubError(f"the server did not answer in {START_TIMEOUT_SECONDS:.0f} s; see {server.log}")
 
 
