@@ -7,9 +7,9 @@ everything is; it is checked against the file's size before anything else is bel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import contextlib
 import mmap
 import struct
 from collections.abc import Sequence

@@ -199,7 +199,7 @@ class Loops(NamedTuple):
 
 @functools.cache
 def start() -> Future[Loops]:
-    """Compile, which takes a second and a half, while vLLM compiles the model."""
+    """Compile, or load, while vLLM compiles the model."""
     return ThreadPoolExecutor(1, thread_name_prefix="steerscope-loops").submit(_compile)
 
 
@@ -210,10 +210,15 @@ def compiled() -> Loops:
 
 
 def _compile() -> Loops:
+    """Two to four seconds the first time; then numba has them beside this file, in a tenth."""
     from numba import njit  # an import of a third of a second, which only workers need
 
-    jit = njit(error_model="numpy", nogil=True)
-    loops = Loops(*map(jit, (_lay, _locate, _merge, _keep, _keep_edits, _mark, _follows)))
+    jit = functools.partial(njit, error_model="numpy", nogil=True)
+    functions = (_lay, _locate, _merge, _keep, _keep_edits, _mark, _follows)
+    try:
+        loops = Loops(*(jit(each, cache=True) for each in functions))
+    except RuntimeError:  # no folder that it could write to
+        loops = Loops(*map(jit, functions))
     _call_each(loops)
     return loops
 
