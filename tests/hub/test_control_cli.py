@@ -63,7 +63,11 @@ def cli(shared_hub, capsys, monkeypatch):
 
 @pytest.fixture
 def process(shared_hub):
-    """Starts a command as a process of its own."""
+    """Starts a command as a process of its own, that heeds Ctrl-C as in a terminal.
+
+    What a shell starts in the background ignores it, and whatever that starts in its turn.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = {**os.environ, "STEERSCOPE_ADDRESS": f"127.0.0.1:{shared_hub.grpc_port}"}
     with contextlib.ExitStack() as running:
 
@@ -76,6 +80,7 @@ def process(shared_hub):
             return made
 
         yield run
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
