@@ -343,9 +343,14 @@ def to_tree(settings: Settings) -> dict[str, Any]:
     return tree
 
 
+def names_us(additional_config: Any) -> bool:
+    """Whether vLLM's ``additional_config`` holds settings of ours."""
+    return isinstance(additional_config, Mapping) and ADDITIONAL_CONFIG_KEY in additional_config
+
+
 def of_graph(additional_config: Any) -> Any | None:
     """``additional_config`` without what no compiled graph depends on; None when not configured."""
-    if not (isinstance(additional_config, Mapping) and ADDITIONAL_CONFIG_KEY in additional_config):
+    if not names_us(additional_config):
         return None
     tree = additional_config[ADDITIONAL_CONFIG_KEY]
     kept = {key: value for key, value in tree.items() if key not in _BESIDE_THE_GRAPH}
@@ -354,7 +359,7 @@ def of_graph(additional_config: Any) -> Any | None:
 
 def discover(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings | None:
     """The settings in force, or None when Steerscope is not configured at all."""
-    if isinstance(additional_config, Mapping) and ADDITIONAL_CONFIG_KEY in additional_config:
+    if names_us(additional_config):
         return from_tree(
             additional_config[ADDITIONAL_CONFIG_KEY],
             base=Path.cwd(),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from steerscope import config
@@ -202,7 +201,7 @@ def _configured_by_argument() -> bool:
     while frame is not None:
         if frame.f_code.co_name == "__post_init__":
             given = getattr(frame.f_locals.get("self"), "additional_config", None)
-            if isinstance(given, Mapping) and config.ADDITIONAL_CONFIG_KEY in given:
+            if config.names_us(given):
                 return True
         frame = frame.f_back
     return False

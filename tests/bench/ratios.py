@@ -25,7 +25,7 @@ Rounds = Sequence[Array]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio and the interval it is in."""
+    """A ratio, or a difference, and the interval it is in."""
 
     value: float
     low: float
@@ -57,6 +57,12 @@ def latency(plain: Rounds, ours: Rounds, quantile: float) -> Ratio:
         return float(np.quantile(np.concatenate([times[i] for i in rounds]), quantile))
 
     return _resampled(lambda rounds: of(ours, rounds) / of(plain, rounds), len(plain))
+
+
+def difference(plain: Array, ours: Array) -> Ratio:
+    """By how much ours takes longer: the mean over rounds of one time each."""
+    more_R = ours - plain
+    return _resampled(lambda rounds: float(more_R[rounds].mean()), len(more_R))
 
 
 def latencies(kind: str, plain: Rounds, ours: Rounds, to_us: float = 1.0) -> dict[str, Any]:

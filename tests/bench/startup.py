@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import ratios
 from steerscope.demo.live import server
-
-RESAMPLES = 10_000
 
 
 def main() -> None:
@@ -29,14 +28,13 @@ def main() -> None:
     _seconds(with_steerscope=False)
     pairs = [_pair(first=i % 2 == 0) for i in range(arguments.pairs)]
     plain, ours = np.transpose(pairs)
-    drawn = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    low, high = np.quantile(np.mean((ours - plain)[drawn], axis=1), (0.025, 0.975))
+    later = ratios.difference(plain, ours)
     told = {
         "pairs": len(pairs),
         "plain_seconds": round(float(plain.mean()), 2),
         "with_steerscope_seconds": round(float(ours.mean()), 2),
-        "later_by": round(float(np.mean(ours - plain)), 2),
-        "later_by_95": [round(float(low), 2), round(float(high), 2)],
+        "later_by": round(later.value, 2),
+        "later_by_95": [round(later.low, 2), round(later.high, 2)],
     }
     print(json.dumps(told))
 

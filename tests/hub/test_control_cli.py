@@ -67,9 +67,10 @@ def process(shared_hub):
 
     What a shell starts in the background ignores it, and whatever that starts in its turn.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     environment = {**os.environ, "STEERSCOPE_ADDRESS": f"127.0.0.1:{shared_hub.grpc_port}"}
     with contextlib.ExitStack() as running:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        running.callback(signal.signal, signal.SIGINT, before)
 
         def run(*arguments, **options):
             command = [sys.executable, "-m", "steerscope.cli.main", *arguments]
@@ -80,7 +81,6 @@ def process(shared_hub):
             return made
 
         yield run
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -210,15 +210,19 @@ def compiled() -> Loops:
 
 
 def _compile() -> Loops:
-    """Two to four seconds the first time; then numba has them beside this file, in a tenth."""
+    """Two to four seconds the first time; then half of one, from what numba kept."""
+    try:
+        return _jitted(is_kept=True)
+    except (RuntimeError, OSError):  # no folder that numba could write to, or it is full
+        return _jitted(is_kept=False)
+
+
+def _jitted(is_kept: bool) -> Loops:
+    """``is_kept``: whether numba keeps them beside this file, or in the user's cache folder."""
     from numba import njit  # an import of a third of a second, which only workers need
 
-    jit = functools.partial(njit, error_model="numpy", nogil=True)
-    functions = (_lay, _locate, _merge, _keep, _keep_edits, _mark, _follows)
-    try:
-        loops = Loops(*(jit(each, cache=True) for each in functions))
-    except RuntimeError:  # no folder that it could write to
-        loops = Loops(*map(jit, functions))
+    jit = njit(error_model="numpy", nogil=True, cache=is_kept)
+    loops = Loops(*map(jit, (_lay, _locate, _merge, _keep, _keep_edits, _mark, _follows)))
     _call_each(loops)
     return loops
 
