@@ -5,7 +5,8 @@
 Two processes that do the same differ by percents, depending on where their memory happens to lie;
 one process does not differ from itself. A few steps with Steerscope, as many without (the
 wrappers stay and pass on at once, the ops find a site without features), in turn; requests neither
-come nor end. Ratios are without over with: throughput, 1 is no cost. Prints a Markdown table.
+come nor end. Turns are short, since what else the machine does goes up and down within seconds.
+Ratios are without over with: throughput, 1 is no cost. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ import numpy as np
 import ratios
 from bench import CONCURRENCY, ENGINE_ARGS, spec
 from engine_child import PROMPT_TOKENS, Engine, place
-from engine_pair import ENGINE_CORE, HUB_CORE, TURN_SECONDS, enter_environment
+from engine_pair import ENGINE_CORE, HUB_CORE, enter_environment
 from random_model import SHAPES, write_model
 
 MAX_TOKENS = 600
 """After which other requests are taken: contexts stay short, where our share is largest."""
 COLUMNS = ("observe-64", "observe-1024", "observe-64x4", "steer-64")
-LEAD_IN_STEPS = 2
+TURN_SECONDS = 0.05
+LEAST_STEPS = 4
+"""Of a turn."""
+LEAD_IN_STEPS = 1
 LEAST_TURNS = 8
 
 
@@ -78,7 +82,7 @@ def crowd(engine: Engine, concurrency: int, times: dict[bool, list[Any]]) -> Non
     switch = Switch(engine)
     know_all_blocks(switch, engine)
     one = float(np.median(engine.steps(20, lead_in=False)["ns"])) / 1e9
-    count = LEAD_IN_STEPS + max(2, round(TURN_SECONDS / one))
+    count = LEAD_IN_STEPS + max(LEAST_STEPS, round(TURN_SECONDS / one))
     for _ in range(max(1, (MAX_TOKENS - 50) // (2 * count))):
         for is_on in (True, False) if len(times[True]) % 2 else (False, True):
             switch.set(is_on)
@@ -107,6 +111,9 @@ def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
 
 def column(model: str, name: str, seconds: float) -> None:
     """One engine; runs in a process of its own."""
+    from steerscope.engine import readout
+
+    readout.TELL_EVERY_NS *= 2  # it tells by the clock, and is there half the time
     with tempfile.TemporaryDirectory(prefix="toggled-") as folder:
         path = write_model(Path(folder) / "model", model)
         made = spec(name, path, SHAPES[model], Path(folder))

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     ("mode", "count", "least_tokens"),
     [
-        ("v1 compiled", 240, 26_000),
-        ("tensor parallel 2", 80, 7_500),
-        ("pipeline parallel 2", 80, 7_500),
-        ("speculative decoding (ngram)", 80, 8_000),
+        ("v1 compiled", 180, 19_000),
+        ("tensor parallel 2", 60, 5_500),
+        ("pipeline parallel 2", 60, 5_500),
+        ("speculative decoding (ngram)", 60, 5_800),
     ],
 )
 def test_a_crowd_gets_what_each_gets_alone(world, solo, mode, count, least_tokens):

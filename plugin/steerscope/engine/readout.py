@@ -49,7 +49,7 @@ from steerscope.telemetry.frames import (
 SEND_QUEUE_MESSAGES = 1000
 """Messages that may wait for the hub before new frames are dropped."""
 
-TELL_EVERY_NS = 100_000_000
+TELL_EVERY_NS = 200_000_000
 """How long tokens may wait for more to be told with them. Where steps take longer none wait.
 
 To hand a message to ZeroMQ wakes its thread, which costs a step more than all else."""
