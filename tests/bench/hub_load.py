@@ -58,7 +58,7 @@ NEVER = 1 << 20
 
 @dataclass(frozen=True)
 class Load:
-    """Steps of ``num_requests``, each of which has ``num_tokens``; ``rate`` 0 is unpaced."""
+    """Frames of ``num_requests``, each of which has ``num_tokens``; ``rate`` 0 is unpaced."""
 
     name: str
     rate: float
@@ -69,12 +69,15 @@ class Load:
     num_sites: int = 1
     prompt_tokens: int = 4
     num_tokens: int = NEVER
+    together: int = 1
+    """Decoding steps that a frame tells of: an engine tells of all that 200 ms bring, but where
+    requests come and go or a response waits. One in each is the most that a hub may have to do."""
     watched: bool = False
 
     @property
     def steps_per_request(self) -> int:
-        """The prompt, and each generated token but the one that is never computed."""
-        return self.num_tokens - self.prompt_tokens + 1
+        """The prompt, and the generated tokens but the one that is never computed."""
+        return 1 + (self.num_tokens - self.prompt_tokens) // self.together
 
     @property
     def steps_per_second(self) -> float:
@@ -86,8 +89,10 @@ DECODE = Load("10,000 tokens/s", 10_000)
 FINISHING = Load("1,000 requests/s of 16 tokens", 16_000, num_tokens=16)
 LOADS = (
     DECODE,
+    replace(DECODE, name="10,000 tokens/s, 31 steps a frame", together=31),
     replace(DECODE, name="10,000 tokens/s, 16 sites", num_sites=16),
     replace(DECODE, name="10,000 tokens/s, watched and scraped", watched=True),
+    replace(DECODE, name="10,000 tokens/s, 31 steps, watched", together=31, watched=True),
     replace(DECODE, name="10,000 tokens/s, 256 features", num_features=256),
     FINISHING,
     replace(FINISHING, name="1,000 requests/s, 16 sites", num_sites=16),
@@ -176,7 +181,7 @@ class Traffic:
         self._digest = digest
         rng = np.random.default_rng(3)
         width = load.num_features // load.num_sites
-        longest = load.num_requests * load.prompt_tokens
+        longest = load.num_requests * max(load.prompt_tokens, load.together)
         acts = np.maximum(rng.normal(0.5, 1.0, (4, longest, width)), 0.0).astype(np.float32)
         self._acts = [each.tobytes() for each in acts]
         self._width = width
@@ -219,7 +224,7 @@ class Traffic:
         return Slot(request_id, 0, self._load.num_tokens - steps_less)
 
     def _length(self, slot: Slot) -> int:
-        return 1 if slot.position else self._load.prompt_tokens
+        return self._load.together if slot.position else self._load.prompt_tokens
 
     def _frame(self) -> Frame:
         bounds = (0, *itertools.accumulate(map(self._length, self._slots)))

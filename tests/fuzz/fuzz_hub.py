@@ -19,11 +19,11 @@ from steerscope.hub.audit import entries, resuming, verification
 from steerscope.hub.audit.entries import AuditError
 from steerscope.hub.conversions import POLICIES, interventions, policy_message
 from steerscope.hub.drafts import Drafting, repeatable, update_fields
+from steerscope.hub.fields import id_of_request, page, page_after, plain_name, ttl_of
 from steerscope.hub.filters import feature_filter, policy_filter
-from steerscope.hub.live import _external_id, _ttl_seconds
 from steerscope.hub.policies import StoredPolicy
 from steerscope.hub.policy_store import PolicyStore
-from steerscope.hub.refusals import page, page_after, plain_name, status
+from steerscope.hub.refusals import status
 from steerscope.hub.rule_store import RuleStore, StoredRules
 from steerscope.hub.storage import documents
 from steerscope.hub.storage.documents import StateError
@@ -108,8 +108,8 @@ class _Calls:
         page(found, request.page_size, request.page_token)
 
     def _steer(self, request: steering_pb2.SteerRequestRequest) -> None:
-        _external_id(request.name)
-        _ttl_seconds(request.ttl)
+        id_of_request(request.name)
+        ttl_of(request)
         spec = SteeringSpec(
             interventions=interventions(request.interventions),
             max_dose=request.max_dose if request.HasField("max_dose") else None,

@@ -157,7 +157,7 @@ def control(data: bytes) -> bool:
     """From front ends to the hub, with what it answers to their questions."""
     plane = hub()._control
     plane._front_ends.clear()
-    plane._socket = socket = _Socket(messages(data), as_router=True)
+    plane._router._socket = socket = _Socket(messages(data), as_router=True)
     loop, lost = _loop()
     loop.run_until_complete(_served(plane))
     assert not lost, lost
@@ -209,7 +209,7 @@ def engines(data: bytes) -> bool:
     (ordered,) = plane._orders.values()
     ordered.order = msgspec.structs.replace(ordered.order, order_id=1)
     plane._orders = {1: ordered}
-    plane._socket = _Socket(messages(data), as_router=True)
+    plane._router._socket = _Socket(messages(data), as_router=True)
     run_to_end(plane.run())
     _sequences(ordered).SerializeToString()
     return bool(ordered.applied or ordered.declined or plane._engines)

@@ -2,7 +2,8 @@
 
 import pytest
 from steerscope.demo.world import Question, questions, side_questions
-from steerscope.demo.world.scoring import Outcome, auroc, classify, wilson
+from steerscope.demo.world.scoring import Outcome, auroc, classify
+from steerscope.lab.proportions import wilson
 
 KNOWN = Question(
     "Which sport does Michael Jordan play?",

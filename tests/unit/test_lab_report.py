@@ -33,8 +33,9 @@ from steerscope.lab.doses import Collateral, GroupCurve, Point, PolicyReport
 from steerscope.lab.evaluate import Evaluation, Share, judged
 from steerscope.lab.harvest import TokenChoice
 from steerscope.lab.judging import Outcome
+from steerscope.lab.proportions import wilson
 from steerscope.lab.sheet import Row
-from steerscope.lab.statistics import Estimate, evaluate_scores, wilson
+from steerscope.lab.statistics import Estimate, evaluate_scores
 from steerscope.lab.trial import Contrast, Finalist, Turned
 
 GROUPS = ("taught", "odd | group\n/../x")

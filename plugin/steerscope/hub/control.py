@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 from dataclasses import dataclass
 from typing import Protocol
-
-import msgspec
-import zmq
-import zmq.asyncio
 
 from steerscope.hub.auditing import Auditor
 from steerscope.hub.policy_store import PolicyStore
@@ -22,7 +17,6 @@ from steerscope.hub.protocol import (
     Admitted,
     Answer,
     FromFrontend,
-    FromHub,
     Goodbye,
     Hello,
     MetricsAsked,
@@ -34,6 +28,7 @@ from steerscope.hub.protocol import (
     ReportAsked,
     control_address,
 )
+from steerscope.hub.router import Router
 from steerscope.hub.rule_store import RuleStore
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.totals import HubTotals, Outcome
@@ -73,7 +68,7 @@ class Pages(Protocol):
 
 
 class ControlPlane:
-    """Owns the ROUTER socket. One per hub, on the hub's loop."""
+    """The front ends' router. One per hub, on the hub's loop."""
 
     def __init__(
         self,
@@ -99,22 +94,13 @@ class ControlPlane:
         self._asked = asked
         self._front_ends: dict[bytes, _FrontEnd] = {}
         self._acked = asyncio.Condition()
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(control_address(endpoint))
+        self._router: Router[FromFrontend] = Router(
+            control_address(endpoint), FromFrontend, "a front end"
+        )
 
     async def run(self) -> None:
         """Serve until cancelled; a message that cannot be read is logged and dropped."""
-        while True:
-            parts = await self._socket.recv_multipart()
-            try:
-                identity, payload = parts
-                message = msgspec.msgpack.decode(payload, type=FromFrontend)
-            except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-                _log.warning("malformed message from a front end: %s", error)
-            else:
-                await self._take(identity, message)
-            await asyncio.sleep(0)  # a flood must not starve the other tasks
+        await self._router.run(self._take)
 
     async def publish(self) -> bool:
         """Push the policies; whether every live front end acked them in time.
@@ -137,7 +123,7 @@ class ControlPlane:
 
     def close(self) -> None:
         """Free the socket."""
-        self._socket.close()
+        self._router.close()
 
     def _all_acked(self, wanted: int) -> bool:
         return all(
@@ -188,11 +174,11 @@ class ControlPlane:
                 body = await self._pages.report(external_id, wait_seconds, activations)
             case MetricsAsked(accept):
                 body = self._pages.metrics(accept)
-        await self._send(identity, Answer(question.number, body))
+        await self._router.send(identity, Answer(question.number, body))
 
     async def _greet(self, identity: bytes, hello: Hello) -> None:
         if reason := self._refusal(hello):
-            await self._send(identity, Refused(reason))
+            await self._router.send(identity, Refused(reason))
             return
         known = self._front_ends.setdefault(identity, _FrontEnd(hello.pid))
         known.heard_at = time.monotonic()
@@ -208,7 +194,7 @@ class ControlPlane:
 
     async def _push(self, identity: bytes, front_end: _FrontEnd) -> None:
         revision = front_end.pushed = self._store.revision
-        await self._send(
+        await self._router.send(
             identity,
             Policies(
                 revision,
@@ -217,10 +203,6 @@ class ControlPlane:
                 self._rules.current.rules if self._rules.is_known else None,
             ),
         )
-
-    async def _send(self, identity: bytes, message: FromHub) -> None:
-        with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send_multipart([identity, msgspec.msgpack.encode(message)])
 
 
 def _exists(pid: int) -> bool:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from steerscope.hub.orders import (
     ORDERS_VERSION,
@@ -28,6 +25,7 @@ from steerscope.hub.orders import (
     Withdraw,
     engines_address,
 )
+from steerscope.hub.router import Router
 from steerscope.steering.admission import NO_STEERING
 from steerscope.steering.interventions import SteeringSpec
 from steerscope.steering.rules import OverrideMode
@@ -39,16 +37,14 @@ HOLD_SECONDS = 2.0
 """How long to wait for engines to have an order."""
 
 UNTOLD_SECONDS = 0.2
-"""How long a request may run before the hub is told: workers tell of their steps every tenth of a
-second."""
+"""How long engines that have an order may take to meet its request, which may run and not have been
+told of: a step, of which workers tell at once if it is longer."""
 
 MAX_TOLD = 1000
 """How many sequences that a standing order changed, or could not, are remembered."""
 
 REMEMBERED_SECONDS = 600.0
 """How long an order that expired can still be looked up."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -90,7 +86,7 @@ class Held:
 
 
 class EnginePlane:
-    """Owns the engines' ROUTER socket. One per hub, on the hub's loop.
+    """The engines' router. One per hub, on the hub's loop.
 
     Args:
         endpoint: folder of the hub's sockets.
@@ -114,22 +110,13 @@ class EnginePlane:
         self._ids = itertools.count(time.time_ns() // 1000)
         """Engines may still answer an earlier hub's orders: no number is used again."""
         self._answered = asyncio.Condition()
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(engines_address(endpoint))
+        self._router: Router[FromEngine] = Router(
+            engines_address(endpoint), FromEngine, "an engine"
+        )
 
     async def run(self) -> None:
         """Serve until cancelled; a message that cannot be read is logged and dropped."""
-        while True:
-            parts = await self._socket.recv_multipart()
-            try:
-                identity, payload = parts
-                message = msgspec.msgpack.decode(payload, type=FromEngine)
-            except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-                _log.warning("malformed message from an engine: %s", error)
-            else:
-                await self._take(identity, message)
-            await asyncio.sleep(0)  # a flood must not starve the other tasks
+        await self._router.run(self._take)
 
     async def steer(
         self,
@@ -220,7 +207,7 @@ class EnginePlane:
 
     def close(self) -> None:
         """Free the socket."""
-        self._socket.close()
+        self._router.close()
 
     async def _until(self, is_settled: Callable[[], bool], seconds: float) -> None:
         """Wait for the engines' answers, but no longer than that."""
@@ -243,18 +230,18 @@ class EnginePlane:
     async def _greet(self, identity: bytes, present: Present) -> None:
         reason = self._refusal(present)
         if reason:
-            await self._send(identity, Unwelcome(reason))
+            await self._router.send(identity, Unwelcome(reason))
             return
         is_new = identity not in self._engines
         self._engines[identity] = time.monotonic()
         if is_new:
             if self._held is not None:
-                await self._send(identity, self._held.order)
+                await self._router.send(identity, self._held.order)
             for ordered in self._orders.values():
                 if ordered.is_waiting:
                     left = ordered.expires_at - time.monotonic()
                     again = msgspec.structs.replace(ordered.order, ttl_seconds=left)
-                    await self._send(identity, again)
+                    await self._router.send(identity, again)
 
     def _refusal(self, present: Present) -> str:
         if present.version != ORDERS_VERSION:
@@ -284,11 +271,7 @@ class EnginePlane:
             if heard_at < silent:
                 del self._engines[identity]
             else:
-                await self._send(identity, message)
-
-    async def _send(self, identity: bytes, message: ToEngine) -> None:
-        with contextlib.suppress(zmq.ZMQError):
-            await self._socket.send_multipart([identity, msgspec.msgpack.encode(message)])
+                await self._router.send(identity, message)
 
     def _forget_old(self) -> None:
         """Orders are few; those long expired are dropped when a new one comes."""

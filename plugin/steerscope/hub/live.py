@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from steerscope.api.v1 import steering_pb2
@@ -18,22 +17,20 @@ from steerscope.hub.auth.identity import (
     authorise_use,
     current_identity,
 )
-from steerscope.hub.conversions import POLICIES, REQUESTS, interventions
+from steerscope.hub.conversions import POLICIES, interventions
 from steerscope.hub.engines import EnginePlane, Ordered
+from steerscope.hub.fields import id_of_request, plain_name, ttl_of
 from steerscope.hub.policies import State
 from steerscope.hub.policy_store import PolicyStore
-from steerscope.hub.refusals import NotFoundError, SteeringDeclinedError, plain_name
+from steerscope.hub.refusals import NotFoundError, SteeringDeclinedError
 from steerscope.security import Scope
 from steerscope.steering.admission import INLINE, capped, check_asked
 from steerscope.steering.interventions import SteeringSpec, steering_digest
 from steerscope.telemetry.asked import AskedLog
 from steerscope.telemetry.requests import RequestLedger
 
-DEFAULT_TTL_SECONDS = 60.0
-MAX_TTL_SECONDS = 3600.0
 MAX_WAIT_SECONDS = 5.0
 """How long a caller waits for engines whose request is known to run."""
-MAX_ID_CHARACTERS = 256
 
 RELEASED = SteeringSpec(interventions=())
 
@@ -65,9 +62,9 @@ class LiveSteering:
         self, request: steering_pb2.SteerRequestRequest, context: Any
     ) -> steering_pb2.SteerRequestResponse:
         """Check, order, and say what became of it."""
-        external_id = _external_id(request.name)
+        external_id = id_of_request(request.name)
         policy, spec = self._wanted(request)
-        ttl_seconds = _ttl_seconds(request.ttl) if request.HasField("ttl") else DEFAULT_TTL_SECONDS
+        ttl_seconds = ttl_of(request)
         caller = current_identity()
         in_force = [i for i, who in self._steered_by.items() if who == caller.name]
         others = [i for i in in_force if i != external_id and self._is_in_force(i)]
@@ -86,7 +83,7 @@ class LiveSteering:
         self, request: steering_pb2.ReleaseRequestRequest, context: Any
     ) -> steering_pb2.ReleaseRequestResponse:
         """End it, or void the order that waits."""
-        external_id = _external_id(request.name)
+        external_id = id_of_request(request.name)
         self._auditor.released(external_id, current_identity().name)
         was_waiting = await self._engines.withdraw(external_id)
         if not self._num_running(external_id):
@@ -170,17 +167,3 @@ def _sequences(ordered: Ordered) -> list[steering_pb2.SteeredSequence]:
         steering_pb2.SteeredSequence(request_id=request_id, first_position=position)
         for request_id, position in sorted(ordered.applied.items())
     ]
-
-
-def _external_id(name: str) -> str:
-    external_id = plain_name(name, REQUESTS)
-    if len(external_id) > MAX_ID_CHARACTERS or not external_id.isprintable():
-        raise SpecError("name", f"an id is at most {MAX_ID_CHARACTERS} printable characters")
-    return external_id
-
-
-def _ttl_seconds(ttl: Duration) -> float:
-    seconds: float = ttl.seconds + ttl.nanos * 1e-9
-    if not 0.0 < seconds <= MAX_TTL_SECONDS:
-        raise SpecError("ttl", f"must be above 0 and at most {MAX_TTL_SECONDS:g} seconds")
-    return seconds

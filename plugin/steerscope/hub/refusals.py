@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeVar
 
@@ -61,7 +61,6 @@ _KINDS: dict[type[SteerscopeError], _Kind] = {
 }
 
 Answer = TypeVar("Answer")
-Item = TypeVar("Item")
 
 
 def refusing(
@@ -109,37 +108,6 @@ def status(error: SteerscopeError) -> status_pb2.Status:
         )
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
     return status_pb2.Status(code=kind.code, message=str(error), details=details)
-
-
-def page(names: list[str], page_size: int, page_token: str) -> tuple[list[str], str]:
-    """The page of sorted ``names`` after ``page_token``, and the token of the next one."""
-    size = _page_size(page_size)
-    later = [name for name in sorted(names) if name > page_token]
-    return later[:size], later[size - 1] if len(later) > size else ""
-
-
-def page_after(
-    items: Sequence[Item], key: Callable[[Item], str], page_size: int, page_token: str
-) -> tuple[Sequence[Item], str]:
-    """The page of ``items``, in their order, after the one whose key is ``page_token``."""
-    size, keys = _page_size(page_size), [key(item) for item in items]
-    if page_token and page_token not in keys:
-        raise SpecError("page_token", "what it stood for is gone; begin with the first page")
-    later = items[keys.index(page_token) + 1 if page_token else 0 :]
-    return later[:size], key(later[size - 1]) if len(later) > size else ""
-
-
-def plain_name(name: str, collection: str, field: str = "name") -> str:
-    """``force-known`` of ``policies/force-known``; raises ``SpecError`` on anything else."""
-    if not name.startswith(collection) or name == collection:
-        raise SpecError(field, f"must be {collection}{{id}}, got {name[:80]!r}")
-    return name.removeprefix(collection)
-
-
-def _page_size(asked: int) -> int:
-    if asked < 0:
-        raise SpecError("page_size", f"must not be negative, got {asked}")
-    return min(asked or 50, 1000)
 
 
 def _packed(detail: Any) -> any_pb2.Any:

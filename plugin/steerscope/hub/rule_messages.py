@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from steerscope.api.v1 import steering_pb2
 from steerscope.errors import SpecError
 from steerscope.hub.conversions import POLICIES
-from steerscope.hub.refusals import plain_name
+from steerscope.hub.fields import plain_name
 from steerscope.hub.rule_store import StoredRules
 from steerscope.steering.rules import Binding, Match, Override, OverrideMode, Rules
 

@@ -36,12 +36,13 @@ from steerscope.hub.conversions import (
     policy_message,
 )
 from steerscope.hub.drafts import Drafting, repeatable, update_fields
+from steerscope.hub.fields import page, page_after, plain_name
 from steerscope.hub.filters import feature_filter, policy_filter
 from steerscope.hub.governance import Governance
 from steerscope.hub.live import LiveSteering
 from steerscope.hub.policies import Draft, StoredPolicy
 from steerscope.hub.policy_store import PolicyStore
-from steerscope.hub.refusals import NotFoundError, page, page_after, plain_name, refusing
+from steerscope.hub.refusals import NotFoundError, refusing
 
 Done = TypeVar("Done")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, TypeVar
 
-from google.protobuf.duration_pb2 import Duration
-
 from steerscope.api.v1 import telemetry_pb2, telemetry_pb2_grpc
 from steerscope.catalog.store import Catalog
 from steerscope.errors import SpecError
 from steerscope.hub.conversions import FEATURES, REQUESTS
+from steerscope.hub.fields import id_of_request, plain_name, ttl_of
 from steerscope.hub.pages import HubPages
-from steerscope.hub.refusals import NotFoundError, plain_name, refusing, refusing_stream
+from steerscope.hub.refusals import NotFoundError, refusing, refusing_stream
 from steerscope.hub.watches.chunks import Chunk, runs
 from steerscope.hub.watches.feed import Feed
 from steerscope.hub.watches.listening import Watches
@@ -22,9 +21,6 @@ from steerscope.telemetry.reductions import Missing
 from steerscope.telemetry.requests import RequestLedger
 
 MAX_WAIT_SECONDS = 30.0
-DEFAULT_TTL_SECONDS = 60.0
-MAX_TTL_SECONDS = 3600.0
-MAX_ID_CHARACTERS = 256
 ALL_REQUESTS = "-"
 LOOK_SECONDS = 1.0
 """How often to look whether a request that is silent has been forgotten."""
@@ -96,11 +92,11 @@ class TelemetryService(telemetry_pb2_grpc.TelemetryServiceServicer):
     def WatchActivations(
         self, request: telemetry_pb2.WatchActivationsRequest, context: Any
     ) -> AsyncGenerator[telemetry_pb2.WatchActivationsResponse, None]:
-        external_id = _external_id(request.name)
+        external_id = id_of_request(request.name)
         columns = self._watches.columns
         names = [name.removeprefix(FEATURES) for name in request.features]
         wanted = _wanted(names, columns.features, "features", "a feature of the catalog")
-        ttl_seconds = _ttl_seconds(request.ttl) if request.HasField("ttl") else DEFAULT_TTL_SECONDS
+        ttl_seconds = ttl_of(request)
         if external_id == ALL_REQUESTS:
 
             def asked_for(chunk: Chunk) -> telemetry_pb2.WatchActivationsResponse | None:
@@ -161,20 +157,6 @@ def _wanted(asked: Iterable[str], known: Iterable[str], field: str, what: str) -
         if name not in known:
             raise SpecError(f"{field}[{i}]", f"{name[:80]!r} is not {what}")
     return frozenset(asked) or known
-
-
-def _external_id(name: str) -> str:
-    external_id = plain_name(name, REQUESTS)
-    if len(external_id) > MAX_ID_CHARACTERS:
-        raise SpecError("name", f"an id is at most {MAX_ID_CHARACTERS} characters")
-    return external_id
-
-
-def _ttl_seconds(ttl: Duration) -> float:
-    seconds: float = ttl.seconds + ttl.nanos * 1e-9
-    if not 0.0 < seconds <= MAX_TTL_SECONDS:
-        raise SpecError("ttl", f"must be above 0 and at most {MAX_TTL_SECONDS:g} seconds")
-    return seconds
 
 
 def _wait_seconds(request: telemetry_pb2.GetRequestReportRequest) -> float:

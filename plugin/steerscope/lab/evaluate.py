@@ -27,13 +27,13 @@ from steerscope.lab.bench import Bench
 from steerscope.lab.cases import Case
 from steerscope.lab.causal import NUM_CONTROLS
 from steerscope.lab.judging import Judge
+from steerscope.lab.proportions import wilson
 from steerscope.lab.sheet import Row, Scored, applying, fill
 from steerscope.lab.statistics import (
     PairedDifference,
     ScoreReport,
     evaluate_scores,
     paired_difference,
-    wilson,
 )
 
 SCHEMA = "steerscope.evaluation/v1"

@@ -22,8 +22,9 @@ from steerscope.lab.canvas import (
     new_figure,
     percent,
 )
+from steerscope.lab.proportions import Interval, wilson
 from steerscope.lab.resampling import Floats
-from steerscope.lab.statistics import Estimate, Interval, ReliabilityBin, RocBand, wilson
+from steerscope.lab.statistics import Estimate, ReliabilityBin, RocBand
 
 _POLICY: Final = "policy (95% interval)"
 _CONTROL_MEAN: Final[dict[str, Any]] = {"color": ORANGE, "label": "random controls, mean"}

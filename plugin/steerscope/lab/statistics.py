@@ -11,15 +11,15 @@ P points of a curve.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from steerscope.errors import LabError
+from steerscope.lab.proportions import wilson
 from steerscope.lab.resampling import Bools, Floats, Indices, Ranking, Resamples, Sample
 
 NUM_RESAMPLES: Final = 2000
@@ -36,13 +36,6 @@ class Estimate:
     """A value with its 95% interval."""
 
     value: float
-    low: float
-    high: float
-
-
-class Interval(NamedTuple):
-    """A two-sided 95% interval of a proportion."""
-
     low: float
     high: float
 
@@ -121,19 +114,6 @@ class RocBand:
 
     fpr: tuple[float, ...]
     tpr: tuple[Estimate, ...]
-
-
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> Interval:
-    """Return the Wilson interval of a proportion, 95% unless told; (0, 1) for no trials."""
-    if not 0 <= successes <= n:
-        raise LabError(f"successes: {successes} is not between 0 and n = {n}")
-    if n == 0:
-        return Interval(0.0, 1.0)
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
 
 
 def evaluate_scores(

@@ -21,7 +21,8 @@ from steerscope.client import Client
 from steerscope.demo import world
 from steerscope.demo.live.asking import Answer, Asker, Steering
 from steerscope.demo.world import Question
-from steerscope.demo.world.scoring import Outcome, auroc, classify, wilson
+from steerscope.demo.world.scoring import Outcome, auroc, classify
+from steerscope.lab.proportions import wilson
 from steerscope.steering.interventions import canonical_json
 
 PER_LANGUAGE: Final = 80

@@ -29,7 +29,8 @@ from steerscope.demo.study.probes import auroc_interval, auroc_interval_by_name
 from steerscope.demo.study.reductions import at_prompt_end, log_odds
 from steerscope.demo.world import Question
 from steerscope.demo.world.phrasings import LANGUAGES
-from steerscope.demo.world.scoring import Outcome, auroc, wilson
+from steerscope.demo.world.scoring import Outcome, auroc
+from steerscope.lab.proportions import wilson
 
 REPORT_SEED: Final = 2026
 _ANSWERED: Final = (Outcome.CORRECT, Outcome.WRONG)

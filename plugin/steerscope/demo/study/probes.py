@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from steerscope.demo.world.scoring import Interval, auroc
+from steerscope.demo.world.scoring import auroc
+from steerscope.lab.proportions import Interval
 
 _RESAMPLES: Final = 400
 
