@@ -6,7 +6,8 @@ Two processes that do the same differ by percents, depending on where their memo
 one process does not differ from itself. A few steps with Steerscope, as many without (the
 wrappers stay and pass on at once, the ops find a site without features), in turn; requests neither
 come nor end. Turns are short, since what else the machine does goes up and down within seconds.
-Ratios are without over with: throughput, 1 is no cost. Prints a Markdown table.
+Ratios are without over with: throughput (without the tenth of the turns at either end), 1 is no
+cost. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
     ends_at = time.monotonic() + seconds
     while len(times[True]) < LEAST_TURNS or time.monotonic() < ends_at:
         crowd(engine, concurrency, times)
-    ratio = ratios.throughput(times[False], times[True])
+    ratio = ratios.trimmed_throughput(times[False], times[True])
     step_us = float(np.concatenate(times[False]).mean())
     return {
         "throughput": [ratio.value, ratio.low, ratio.high],
