@@ -148,8 +148,9 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
     if settings is None:
         return None
     from steerscope.engine import seams
-    from steerscope.engine.readout import FrameSender, Source
+    from steerscope.engine.readout import Source
     from steerscope.engine.runtime import EngineRuntime
+    from steerscope.engine.sender import FrameSender
 
     seams.verify(loaded_only=True)
     global _instances

@@ -24,10 +24,11 @@ import torch
 from random_model import SHAPES, write_config
 from steerscope.catalog import store
 from steerscope.engine.plan import RequestInfo, StepLayout
-from steerscope.engine.readout import FrameSender, Source
+from steerscope.engine.readout import Source
 from steerscope.engine.roster import Arrival
 from steerscope.engine.runtime import Capacity, EngineRuntime, StepNews
 from steerscope.engine.scheduling import StepNote
+from steerscope.engine.sender import FrameSender
 from steerscope.engine.slots import KvGeometry
 from steerscope.steering import segments
 from steerscope.steering.interventions import Intervention

@@ -8,10 +8,12 @@ import torch
 import zmq
 from steerscope.catalog import store
 from steerscope.engine import readout as readout_module
+from steerscope.engine import sender as sender_module
 from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
-from steerscope.engine.readout import FrameSender, Readout, Source
+from steerscope.engine.readout import Readout, Source
 from steerscope.engine.roster import Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
+from steerscope.engine.sender import FrameSender
 from steerscope.engine.slots import SlotCache
 from steerscope.engine.tape import Tape
 from steerscope.engine.taps import SiteTap, StepRows
@@ -503,7 +505,7 @@ def test_a_step_whose_start_fails_is_lost_and_the_request_is_introduced_with_the
     step(readout, ("a", 4, 1))
     readout._roster.arrive([Arrival("c", RequestInfo(Stamp("ext-c"), 5), ())])
     with monkeypatch.context() as patched:
-        patched.setattr(readout, "_request_start", fails)
+        patched.setattr(readout._news, "_request_start", fails)
         step(readout, ("a", 5, 1), ("c", 0, 1))
     step(readout, ("a", 6, 1), ("c", 1, 1))
     step(readout, ("a", 7, 1), ("c", 2, 1))
@@ -558,7 +560,7 @@ def test_what_waits_for_a_hub_goes_to_the_next_one_in_order(tmp_path):
 
 
 def test_where_no_message_is_taken_only_the_newest_frame_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(readout_module, "SEND_QUEUE_MESSAGES", 1)
+    monkeypatch.setattr(sender_module, "SEND_QUEUE_MESSAGES", 1)
     sender = FrameSender(str(tmp_path))  # nobody is there
     while sender.send(b"x"):
         pass

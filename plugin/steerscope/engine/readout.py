@@ -13,41 +13,30 @@ that run, from the first step on that ends without the hub.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import os
-import threading
 import time
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-import zmq
 
-from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, RequestInfo, StepLayout
+from steerscope.engine.hub_news import HubNews, Reused
+from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, StepLayout
 from steerscope.engine.roster import Roster
+from steerscope.engine.sender import FrameSender
 from steerscope.engine.slots import NO_VALUES, SiteValues, SlotCache, Values
 from steerscope.engine.tape import Reading, ReadStep, Tape
 from steerscope.engine.taps import SiteTap
-from steerscope.hub.protocol import frames_address
-from steerscope.steering.interventions import canonical_json, steering_digest
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
     CachedActivations,
     Frame,
-    RequestEnd,
-    RequestStart,
     SiteActivations,
-    SteeringChange,
     encode,
 )
-
-SEND_QUEUE_MESSAGES = 1000
-"""Messages that may wait for the hub before new frames are dropped."""
 
 TELL_EVERY_NS = 200_000_000
 """How long tokens may wait for more to be told with them. Where steps take longer none wait.
@@ -57,57 +46,7 @@ To hand a message to ZeroMQ wakes its thread, which costs a step more than all e
 NEWS_WITHIN_NS = 10_000_000
 """The same where a response waits for the report of a request that ended."""
 
-NO_SLOTS: IntArray = np.zeros(0, np.int64)
-
 _log = logging.getLogger(__name__)
-
-
-@functools.cache
-def _frames_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """ZeroMQ for frames alone: its thread does not take the core of the thread that wakes it."""
-    context = zmq.Context()
-    if hasattr(os, "SCHED_BATCH"):  # Linux
-        context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)
-    return context
-
-
-class FrameSender:
-    """PUSH socket to the hub's fan-in. Nothing here blocks, and ``send`` never raises.
-
-    What waits in the socket while there is no hub goes to the next one, in order. A thread that
-    otherwise sleeps notices that a hub went away.
-    """
-
-    def __init__(self, endpoint: str) -> None:
-        self._socket: zmq.Socket[bytes] = _frames_context().socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._has_lost_hub = False
-        partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        threading.Thread(
-            target=self._watch, args=(partings,), name="steerscope-partings", daemon=True
-        ).start()
-        self._socket.connect(frames_address(endpoint))
-
-    def has_lost_hub(self) -> bool:
-        """Whether the hub went away since this was last asked."""
-        is_lost = self._has_lost_hub
-        if is_lost:
-            self._has_lost_hub = False
-        return is_lost
-
-    def send(self, payload: bytes) -> bool:
-        """Whether the frame was taken."""
-        try:
-            self._socket.send(payload, zmq.DONTWAIT)
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def _watch(self, partings: zmq.Socket[bytes]) -> None:
-        with contextlib.suppress(zmq.ContextTerminated):
-            while partings.recv_multipart():
-                self._has_lost_hub = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,28 +57,6 @@ class Source:
     model_name: str
     engine: str
     rank: int
-
-
-@dataclass(slots=True)
-class _Told:
-    """What the hub must learn of requests; kept until a frame with it was sent."""
-
-    started: dict[str, RequestStart] = field(default_factory=dict)
-    resumed: dict[str, RequestStart] = field(default_factory=dict)
-    """Of those that ended, which the hub does not know: an earlier one did."""
-    leaving: dict[str, tuple[RequestInfo, int]] = field(default_factory=dict)
-    """Of those that it does know, and their ends, for the case that it is gone."""
-    ended: list[RequestEnd] = field(default_factory=list)
-    changed: list[SteeringChange] = field(default_factory=list)
-
-    def clear(self, with_ends: bool) -> None:
-        """It was told, the ends only if that was so."""
-        self.started.clear()
-        self.resumed.clear()
-        self.changed.clear()
-        if with_ends:
-            self.leaving.clear()
-            self.ended.clear()
 
 
 class Readout:
@@ -160,10 +77,7 @@ class Readout:
         self._roster = roster
         self._kept: SlotCache | None = None
         self._block_size = 1
-        self._known: set[str] = set()
-        self._known_earlier: set[str] = set()
-        """Requests that a hub knew which is gone."""
-        self._untold = _Told()
+        self._news = HubNews(source.catalog_digest, roster, self._reused)
         self._step = 0
         self._dropped = 0
         self._dropped_tokens = 0
@@ -194,53 +108,28 @@ class Readout:
         self._overhead_ns += nanoseconds
 
     def end(self, ended: Mapping[str, int]) -> None:
-        """Requests ended, which the roster still has.
-
-        Only what a hub knows of is kept: none may ever take a frame again.
-        """
+        """Requests ended, which the roster still has."""
         self._met = ()
-        if not self._untold.started.keys().isdisjoint(ended):
+        if self._news.are_untold(ended):
             self.tell()
-        for req_id, end in ended.items():
-            self._untold.started.pop(req_id, None)
-            info = self._roster.info(req_id)
-            if req_id in self._known:
-                self._known.remove(req_id)
-                self._untold.leaving[req_id] = info, end
-            elif req_id in self._known_earlier:
-                self._known_earlier.remove(req_id)
-                self._untold.resumed[req_id] = self._resumption(req_id, info, end)
-            else:
-                continue
-            self._untold.ended.append(RequestEnd(req_id, end))
-            if info.stamp is not None and info.stamp.is_awaited:
-                self._due_ns = min(self._due_ns, time.monotonic_ns() + NEWS_WITHIN_NS)
+        if self._news.end(ended):
+            self._due_ns = min(self._due_ns, time.monotonic_ns() + NEWS_WITHIN_NS)
 
     def change(self, req_id: str, position: int, stamp: Stamp) -> None:
         """A request's steering changed from ``position`` on."""
-        if req_id in self._known or req_id in self._untold.started:
+        if self._news.concerns(req_id):
             self.tell()  # what came before the change
-            self._untold.changed.append(
-                SteeringChange(
-                    req_id,
-                    position,
-                    stamp.policy,
-                    self._applied(stamp),
-                    canonical_json(stamp.current),
-                    stamp.source,
-                    stamp.asked,
-                )
-            )
+            self._news.change(req_id, position, stamp)
 
     def meet(self, layout: StepLayout) -> None:
         """The step is about to run; those after it that go on from it are not told of."""
         if layout.req_ids == self._met and not self._newcomers and self._rows_R is not None:
             return
         self._met, self._rows_R = layout.req_ids, None  # never those of another step
-        self._newcomers = self._strangers(layout)
-        if any(end.request_id in self._newcomers for end in self._untold.ended):
+        self._newcomers = self._news.strangers(layout)
+        if self._news.are_leaving(self._newcomers):
             self.tell()  # the id comes back as another request
-            self._newcomers = self._strangers(layout)
+            self._newcomers = self._news.strangers(layout)
         with contextlib.suppress(KeyError):
             self._rows_R = self._roster.rows(layout.req_ids)
 
@@ -325,7 +214,7 @@ class Readout:
     @property
     def has_news(self) -> bool:
         """Whether there is something to tell besides tokens of this step."""
-        return bool(self._untold.ended or self._untold.changed or self._waiting)
+        return bool(self._news.ended or self._news.changed or self._waiting)
 
     def _lose_step(self, num_tokens: int) -> None:
         """It is nowhere on the tape: none goes on from it."""
@@ -342,7 +231,7 @@ class Readout:
         self._waiting.append(step)
         if self._newcomers:
             try:
-                self._start(step.layout, self._newcomers)
+                self._news.start(step.layout, self._newcomers)
                 self._newcomers = set()
             except Exception:
                 self._waiting.pop()
@@ -364,7 +253,7 @@ class Readout:
                 accepted = self._tape.requests([step])._replace(lengths_P=lengths_R)
                 slots = self._roster.slots(accepted, read.num_tokens, self._block_size)
                 self._kept.write(slots, read.values)
-            self._start(step.layout, self._strangers(step.layout))
+            self._news.start(step.layout, self._news.strangers(step.layout))
         except Exception:
             self._fail(step.num_tokens)
         else:
@@ -375,7 +264,8 @@ class Readout:
         """``rest`` follows at once: requests may have tokens there, so none ends before."""
         try:
             if self._sender.has_lost_hub():
-                self._begin_anew([read.layout, *(each.layout for each in rest)])
+                self._news.begin_anew([read.layout, *(each.layout for each in rest)])
+                self._met = ()
             sent = self._sender.send(encode(self._frame(read, with_ends=not rest)))
         except Exception:
             self._fail(read.num_tokens)
@@ -384,27 +274,10 @@ class Readout:
         self._step += 1
         self._due_ns = time.monotonic_ns() + TELL_EVERY_NS
         if sent:
-            self._known.update(self._untold.started)
-            self._known_earlier.difference_update(self._untold.started)
-            self._untold.clear(with_ends=not rest)
+            self._news.told(with_ends=not rest)
             self._told_tokens += read.num_tokens
         else:  # what is to be known of requests is told again with the next frame
             self._lose(read.num_tokens)
-
-    def _begin_anew(self, layouts: Sequence[StepLayout]) -> None:
-        """The hub is gone, and whatever it knew with it. ``layouts`` are told next."""
-        self._known_earlier |= self._known
-        self._known.clear()
-        told_next: dict[str, int] = {}
-        for layout in reversed(layouts):
-            told_next |= zip(layout.req_ids, layout.first_positions.tolist(), strict=True)
-        for req_id, (info, end) in self._untold.leaving.items():
-            position = told_next.get(req_id, end)
-            self._untold.resumed[req_id] = self._resumption(req_id, info, position)
-        self._untold.leaving.clear()
-        for layout in layouts:
-            self._start(layout, self._strangers(layout).difference(self._untold.resumed))
-        self._met = ()
 
     def _fail(self, num_tokens: int) -> None:
         """Telemetry fails open, whatever is wrong: the loss is counted, nothing stale is kept."""
@@ -429,9 +302,9 @@ class Readout:
             overhead_ns=tuple(self._overheads_ns),
             dropped=self._dropped,
             dropped_tokens=self._dropped_tokens,
-            started=(*self._untold.resumed.values(), *self._untold.started.values()),
-            finished=tuple(self._untold.ended) if with_ends else (),
-            changed=tuple(self._untold.changed),
+            started=self._news.started,
+            finished=tuple(self._news.ended) if with_ends else (),
+            changed=tuple(self._news.changed),
             request_ids=tuple(read.layout.req_ids),
             query_start_loc=tuple(read.layout.query_start_loc.tolist()),
             positions=tuple(read.layout.first_positions.tolist()),
@@ -439,64 +312,17 @@ class Readout:
             told_tokens=self._told_tokens,
         )
 
-    def _strangers(self, layout: StepLayout) -> set[str]:
-        """Requests that the hub was not told of."""
-        return set(layout.req_ids).difference(self._known, self._untold.started)
-
-    def _start(self, layout: StepLayout, strangers: Set[str]) -> None:
-        """The hub is to be told of them, each with the first position it ever had."""
-        places = sorted(map(layout.req_ids.index, strangers))
-        if layout.first_positions[places].any():
-            self.settle()  # what they found in the prefix cache may be of a step that waits
-        for r in places:
-            req_id, position = layout.req_ids[r], int(layout.first_positions[r])
-            info = self._roster.info(req_id)
-            self._untold.started[req_id] = (
-                self._resumption(req_id, info, position)
-                if req_id in self._known_earlier
-                else self._request_start(req_id, info, position)
-            )
-
-    def _resumption(self, req_id: str, info: RequestInfo, position: int) -> RequestStart:
-        """For a hub that does not know the request; an earlier one knew it up to there."""
-        start = self._request_start(req_id, info, 0)
-        return msgspec.structs.replace(start, resumed_at=position)
-
-    def _request_start(self, req_id: str, info: RequestInfo, first_position: int) -> RequestStart:
-        stamp = info.stamp or Stamp(req_id)
-        reused = NO_SLOTS
-        if self._kept and first_position:
-            reused = self._roster.leading_slots(req_id, first_position, self._block_size)
-        return RequestStart(
-            request_id=req_id,
-            external_id=stamp.external_id,
-            num_prompt_tokens=info.num_prompt_tokens,
-            first_position=first_position,
-            policy=stamp.policy,
-            digest=self._applied(stamp) if stamp.policy else "",
-            interventions=canonical_json(stamp.current) if stamp.policy else b"",
-            cached=self._cached(reused),
-            num_external=self._kept.num_foreign(reused) if self._kept and reused.size else 0,
-            source=stamp.source,
-            rule=stamp.rule,
-            asked=stamp.asked,
-            traceparent=stamp.traceparent,
-        )
-
-    def _applied(self, stamp: Stamp) -> str:
-        """The digest of what this worker does, made from that and not copied from the stamp."""
-        if not stamp.current:
-            return ""
-        return steering_digest(self._source.catalog_digest, stamp.current, stamp.max_dose)
-
-    def _cached(self, slots: IntArray) -> CachedActivations | None:
-        """What is kept of tokens whose KV the request found in the prefix cache."""
-        if self._kept is None or not slots.size:
-            return None
+    def _reused(self, req_id: str, num_positions: int) -> Reused:
+        """What is kept of tokens whose KV the request found, which may be of a step that waits."""
+        self.settle()
+        if self._kept is None:
+            return None, 0
+        slots = self._roster.leading_slots(req_id, num_positions, self._block_size)
         known, values = self._kept.read(slots)
+        num_external = self._kept.num_foreign(slots)
         if not known.any():
-            return None
-        return CachedActivations(known.tobytes(), self._activations(values))
+            return None, num_external
+        return CachedActivations(known.tobytes(), self._activations(values)), num_external
 
     def _activations(self, values: Values) -> tuple[SiteActivations, ...]:
         """Of every site, or, in a step without tokens, of none."""

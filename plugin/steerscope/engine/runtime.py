@@ -22,10 +22,11 @@ from steerscope.catalog.store import Catalog
 from steerscope.engine import loops, ops, tape, wiring
 from steerscope.engine.canary import Canary
 from steerscope.engine.plan import EMPTY_LAYOUT, BatchPlan, IntArray, StepLayout, positions
-from steerscope.engine.readout import FrameSender, Readout, Source
+from steerscope.engine.readout import Readout, Source
 from steerscope.engine.roster import NOTHING, Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
 from steerscope.engine.scheduling import StepNote
+from steerscope.engine.sender import FrameSender
 from steerscope.engine.slots import KvGeometry, SlotCache
 from steerscope.engine.tape import Tape
 from steerscope.engine.taps import SiteTap, StepRows
