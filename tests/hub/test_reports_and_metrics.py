@@ -3,9 +3,11 @@ import shutil
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import msgspec
+import numpy as np
 import pytest
 from hub_world import ENGINE, eventually, frame, scrape, start
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -20,6 +22,8 @@ from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.frames import CachedActivations, RequestEnd
 
 pytestmark = pytest.mark.timeout(60)
+
+LONG = 60_000
 
 
 @pytest.fixture
@@ -37,6 +41,32 @@ def serve(worker, catalog, name="a", **fields):
         frame(catalog, (name, 4, 2), acts=4.0, edited={r - 2: d for r, d in steered.items()})
     )
     worker.send(frame(catalog, finished=(name,)))
+
+
+def test_a_long_report_as_json_makes_nobody_wait(settings, worker_of, catalog):
+    fields = msgspec.structs.replace(settings.hub, max_tokens_per_report=LONG)
+    hub = launcher.start_hub(msgspec.structs.replace(settings, hub=fields))
+    try:
+        acts = np.random.default_rng(0).normal(1.0, 1.0, (LONG, 3))
+        worker_of(hub).send(
+            frame(catalog, ("a", 0, LONG), acts=acts, started=(start("a", LONG),), finished=("a",))
+        )
+        with Client(f"127.0.0.1:{hub.grpc_port}") as client:
+            client.get_request_report("a", wait=10.0)
+        url, waits = f"http://127.0.0.1:{hub.http_port}", []
+        with ThreadPoolExecutor(1) as asking, httpx.Client() as others:
+            began = time.monotonic()
+            answer = asking.submit(httpx.get, f"{url}/v1/steerscope/requests/a", timeout=30)
+            while not answer.done():
+                asked = time.monotonic()
+                others.get(f"{url}/health")
+                waits.append(time.monotonic() - asked)
+            took = time.monotonic() - began
+        (track, *_) = answer.result().json()["completions"][0]["features"]
+        assert len(track["activations"]) == LONG
+        assert max(waits) < took / 2
+    finally:
+        hub.stop()
 
 
 def test_a_report_tells_all_that_was_seen_and_done(client, worker, catalog):

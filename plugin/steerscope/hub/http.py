@@ -22,7 +22,7 @@ from steerscope.hub.auth.denials import (
 from steerscope.hub.auth.directory import Shown
 from steerscope.hub.auth.gate import Gate, Guard
 from steerscope.hub.auth.statuses import CODES
-from steerscope.hub.pages import HubPages, report_tree
+from steerscope.hub.pages import HubPages
 from steerscope.security import Scope
 
 GZIP_LEVEL = 1
@@ -51,11 +51,11 @@ def application(pages: HubPages, guard: Guard, *, metrics_open: bool) -> Starlet
     async def report(request: Request) -> Response:
         _admit(guard.gate, request, "/v1/steerscope/requests")
         external_id = request.path_params["request_id"]
-        found = await pages.finished(external_id)
+        found = await pages.report(external_id, 0.0, activations=True)
         if found is None:
             message = f"no request {external_id[:80]!r} is known"
             return JSONResponse({"error": {"code": "NOT_FOUND", "message": message}}, 404)
-        return JSONResponse(report_tree(found))
+        return Response(found, media_type="application/json")
 
     return Starlette(
         routes=[
