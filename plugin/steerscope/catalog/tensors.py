@@ -187,7 +187,8 @@ def _stored(entry: Entry) -> np.dtype[Any]:
 def _float32(stored: npt.NDArray[Any], entry: Entry) -> FloatArray:
     if entry.dtype == _BFLOAT16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    with np.errstate(over="ignore"):  # it becomes infinite, and what is not finite is refused
+        return stored.astype(np.float32)
 
 
 def _header(mapped: mmap.mmap) -> tuple[dict[str, Entry], dict[str, str]]:
