@@ -147,7 +147,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
     settings = _settings(vllm_config)
     if settings is None:
         return None
-    from steerscope.engine import seams
+    from steerscope.engine import seams, tape
     from steerscope.engine.readout import Source
     from steerscope.engine.runtime import EngineRuntime
     from steerscope.engine.sender import FrameSender
@@ -164,18 +164,21 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         rank=parallel.rank,
     )
     reports = seams.is_first_tensor_rank()
+    capacity = seams.capacity(
+        vllm_config,
+        model_runner,
+        settings.steering.max_rows_per_request,
+        settings.telemetry.max_cache_bytes,
+    )
+    num_features = sum(map(len, catalog.sites.values()))
+    most = tape.max_frame_bytes(num_features, len(catalog.sites), capacity.max_num_tokens)
     made = EngineRuntime(
         catalog,
         seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),
-        seams.capacity(
-            vllm_config,
-            model_runner,
-            settings.steering.max_rows_per_request,
-            settings.telemetry.max_cache_bytes,
-        ),
+        capacity,
         model_runner.device,
         source,
-        FrameSender(config.require_hub_endpoint()) if reports else None,
+        FrameSender(config.require_hub_endpoint(), most) if reports else None,
         lambda: seams.kv_geometry(model_runner),
         seams.is_speculative(vllm_config),
         instance,

@@ -79,7 +79,7 @@ def runtime(catalog: store.Catalog, endpoint: str, depth: int) -> EngineRuntime:
         Capacity(2048, max(SIZES), 4, 1 << 30),
         torch.device("cpu"),
         Source(catalog.digest, "bench", "0", 0),
-        FrameSender(endpoint),
+        FrameSender(endpoint, max_frame_bytes=1 << 20),
         lambda: KvGeometry(0, BLOCK_SIZE, NUM_BLOCKS),
     )
 

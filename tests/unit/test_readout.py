@@ -8,12 +8,11 @@ import torch
 import zmq
 from steerscope.catalog import store
 from steerscope.engine import readout as readout_module
-from steerscope.engine import sender as sender_module
 from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
 from steerscope.engine.readout import Readout, Source
 from steerscope.engine.roster import Arrival, MoreBlocks, Roster
 from steerscope.engine.rows import RowTable
-from steerscope.engine.sender import FrameSender
+from steerscope.engine.sender import MAX_QUEUED_BYTES, FrameSender
 from steerscope.engine.slots import SlotCache
 from steerscope.engine.tape import Tape
 from steerscope.engine.taps import SiteTap, StepRows
@@ -544,7 +543,7 @@ def test_what_waits_for_a_hub_goes_to_the_next_one_in_order(tmp_path):
             socket.bind(frames_address(str(tmp_path)))
             return socket
 
-        sender = FrameSender(str(tmp_path))
+        sender = FrameSender(str(tmp_path), MAX_QUEUED_BYTES // 3)
         with hub() as first:
             assert sender.send(b"a")
             assert first.recv() == b"a"
@@ -559,11 +558,9 @@ def test_what_waits_for_a_hub_goes_to_the_next_one_in_order(tmp_path):
             assert [second.recv(), second.recv()] == [b"b", b"c"]
 
 
-def test_where_no_message_is_taken_only_the_newest_frame_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(sender_module, "SEND_QUEUE_MESSAGES", 1)
-    sender = FrameSender(str(tmp_path))  # nobody is there
-    while sender.send(b"x"):
-        pass
+def test_where_no_more_bytes_may_wait_only_the_newest_frame_is_lost(tmp_path):
+    sender = FrameSender(str(tmp_path), MAX_QUEUED_BYTES // 3)  # nobody is there
+    assert [sender.send(b"x") for _ in range(4)] == [True, True, True, False]
     with zmq.Context() as context, context.socket(zmq.PULL) as hub:
         hub.setsockopt(zmq.RCVTIMEO, 10_000)
         hub.bind(frames_address(str(tmp_path)))

@@ -11,8 +11,9 @@ import zmq
 
 from steerscope.hub.protocol import frames_address
 
-SEND_QUEUE_MESSAGES = 1000
-"""Messages that may wait for the hub before new frames are dropped."""
+MAX_QUEUED_FRAMES = 1000
+MAX_QUEUED_BYTES = 512 * 1024 * 1024
+"""So much may wait for a hub, also one that is gone, before new frames are dropped."""
 
 
 @functools.cache
@@ -29,11 +30,16 @@ class FrameSender:
 
     What waits in the socket while there is no hub goes to the next one, in order. A thread that
     otherwise sleeps notices that a hub went away.
+
+    Args:
+        endpoint: folder of the hub's sockets.
+        max_frame_bytes: what the activations of one frame can take.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
         self._socket: zmq.Socket[bytes] = _frames_context().socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+        num_frames = min(MAX_QUEUED_BYTES // max_frame_bytes, MAX_QUEUED_FRAMES)
+        self._socket.setsockopt(zmq.SNDHWM, max(num_frames, 1))  # 0 would be no limit
         self._socket.setsockopt(zmq.LINGER, 0)
         self._has_lost_hub = False
         partings: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
