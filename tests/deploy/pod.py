@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -102,12 +102,12 @@ class Pod:
         yield from ("--proc", "/proc", "--dev", "/dev", "--ro-bind", "/sys", "/sys")
         for name in ("bin", "lib", "lib64", "sbin"):
             yield from ("--symlink", f"usr/{name}", f"/{name}")
-        places = [*IMAGE, *(mount["mountPath"] for mount in self._container["volumeMounts"])]
-        for parent in sorted({str(up) for place in places for up in Path(place).parents[:-1]}):
-            yield from ("--perms", "0755", "--dir", parent)
         # Volumes first: the checkout may lie in the folder that one of them takes the place of.
-        for mount in self._container["volumeMounts"]:
+        volumes = self._container["volumeMounts"]
+        yield from _parents(mount["mountPath"] for mount in volumes)
+        for mount in volumes:
             yield from self._mounted(mount)
+        yield from _parents(IMAGE)
         for place, source in IMAGE.items():
             yield from ("--ro-bind", str(source), place)
         yield from ("--chdir", "/home/vllm", "--remount-ro", "/")
@@ -142,6 +142,12 @@ class Pod:
         user = [f"--reuid={context['runAsUser']}", f"--regid={context['runAsGroup']}"]
         without = ["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
         return ["setpriv", *user, *without]
+
+
+def _parents(places: Iterable[str]) -> Iterator[str]:
+    """Folders that everyone may pass through; what bwrap makes itself is root's alone."""
+    for parent in sorted({str(up) for place in places for up in Path(place).parents[:-1]}):
+        yield from ("--perms", "0755", "--dir", parent)
 
 
 def _entry_point() -> list[str]:
