@@ -21,6 +21,7 @@ from steerscope import config
 
 if TYPE_CHECKING:
     from steerscope.catalog.store import Catalog
+    from steerscope.engine.orders import Stamps
     from steerscope.engine.runtime import EngineRuntime
     from steerscope.engine.scheduling import SchedulerSide
     from steerscope.hub.supervision import RunningHub
@@ -114,7 +115,7 @@ def _front_end_of(engine_client: Any) -> FrontEnd | None:
     return seams.front_end_of(engine_client)
 
 
-def scheduler_side(vllm_config: Any) -> SchedulerSide | None:
+def scheduler_side(vllm_config: Any, stamps: Stamps) -> SchedulerSide | None:
     """The scheduler's half, open to the hub's orders."""
     settings = _settings(vllm_config)
     if settings is None:
@@ -125,7 +126,7 @@ def scheduler_side(vllm_config: Any) -> SchedulerSide | None:
 
     assert settings.catalog_digest is not None
     engine = str(vllm_config.parallel_config.data_parallel_index)
-    link = EngineLink(config.require_hub_endpoint(), engine, settings.catalog_digest)
+    link = EngineLink(config.require_hub_endpoint(), engine, settings.catalog_digest, stamps)
     limits = Limits(
         settings.catalog_digest, settings.steering.max_rows_per_request, _refused(vllm_config)
     )

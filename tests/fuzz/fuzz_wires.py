@@ -219,6 +219,7 @@ def orders(data: bytes) -> bool:
     """From the hub to an engine core: what the scheduler's half makes of it."""
     link = EngineLink.__new__(EngineLink)  # without the thread that owns a socket
     link.arrived, link._answers = deque(maxlen=100), deque(maxlen=100)
+    link._stamps = lambda: {"r1": (Stamp("id"), 5)}
     for payload in messages(data):
         link._receive(payload)
     taken, answers = bool(link.arrived), []

@@ -30,19 +30,20 @@ class Core:
     """An engine core's half of ours, stepped by hand."""
 
     def __init__(self, endpoint, engine="0", *, catalog=CATALOG, refused="", max_rows=4):
-        self.link = EngineLink(endpoint, engine, catalog)
+        self.requests = {}
+        self.link = EngineLink(endpoint, engine, catalog, self._stamps)
         book = OrderBook(self.link.arrived, self.link.answer, Limits(CATALOG, max_rows, refused))
         self.side = SchedulerSide(speculative=False, orders=book)
-        self.requests = {}
 
     def step(self):
         def restamp(req_id, _, stamp):
             self.requests[req_id].stamp = stamp
 
-        def stamps():
-            return {i: (r.stamp, r.num_prompt_tokens) for i, r in self.requests.items()}
+        return self.side.before_step(self.requests, restamp, self._stamps).stamps
 
-        return self.side.before_step(self.requests, restamp, stamps).stamps
+    def _stamps(self):
+        running = list(self.requests.items())
+        return {i: (r.stamp, r.num_prompt_tokens) for i, r in running}
 
     async def stepping(self):
         while True:
@@ -93,11 +94,19 @@ def test_a_running_request_is_steered_from_its_next_token_and_the_answer_says_wh
 
 
 def test_a_request_that_the_hub_is_not_told_of_yet_is_steered_and_the_answer_says_so(endpoint):
+    """However long a step takes: the engine says that it runs there."""
+
     async def body():
         core = Core(endpoint)
         core.requests["r-1"] = Running("r", 14)
-        plane, tasks = await serving(endpoint, core)
+        plane, tasks = await serving(endpoint)
         await present(plane, 1)
+
+        async def long_step():
+            await asyncio.sleep(0.7)
+            await core.stepping()
+
+        tasks.append(asyncio.create_task(long_step()))
         told = await plane.steer("r", "p", SPEC, ttl_seconds=5, num_running=0, wait_seconds=5)
         applied = dict(told.applied)
         for task in tasks:

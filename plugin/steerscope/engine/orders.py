@@ -43,6 +43,9 @@ MAX_ANSWERS = 10_000
 
 _log = logging.getLogger(__name__)
 
+Stamps = Callable[[], Mapping[str, tuple[Stamp, int]]]
+"""Every request's stamp and prompt length."""
+
 StampFrom = Callable[[int], Stamp | None]
 """The stamp that holds from a position on; None where it must not be changed."""
 
@@ -57,10 +60,20 @@ class Limits:
 
 
 class EngineLink:
-    """The engine core's socket to the hub, and the thread that owns it."""
+    """The engine core's socket to the hub, and the thread that owns it.
 
-    def __init__(self, endpoint: str, engine: str, catalog_digest: str) -> None:
+    ``stamps``: asked by that thread for every running request's stamp and prompt length.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        engine: str,
+        catalog_digest: str,
+        stamps: Stamps = dict,
+    ) -> None:
         self._endpoint = endpoint
+        self._stamps = stamps
         self._present = Present(ORDERS_VERSION, catalog_digest, engine, os.getpid())
         self.arrived: deque[Order | Withdraw | Standing] = deque(maxlen=MAX_WAITING_ORDERS)
         self._answers: deque[FromEngine] = deque(maxlen=MAX_ANSWERS)
@@ -99,7 +112,11 @@ class EngineLink:
             _log.error("steerscope: the hub refused this engine: %s", message.reason)
             return
         self.arrived.append(message)
-        if not isinstance(message, Withdraw):
+        if isinstance(message, Order):  # looked at after it is there: none slips by in between
+            running = [stamp.external_id for stamp, _ in self._stamps().values()]
+            num_running = running.count(message.external_id)
+            self._answers.append(Holding(message.order_id, num_running))
+        elif isinstance(message, Standing):
             self._answers.append(Holding(message.order_id))
 
 

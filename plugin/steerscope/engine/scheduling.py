@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from steerscope.engine.orders import OrderBook, StampFrom
+from steerscope.engine.orders import OrderBook, StampFrom, Stamps
 from steerscope.steering.stamp import Stamp, encode
-
-Stamps = Callable[[], Mapping[str, tuple[Stamp, int]]]
-"""Every request's stamp and prompt length."""
 
 
 class StepNote(NamedTuple):

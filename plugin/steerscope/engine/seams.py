@@ -26,6 +26,7 @@ from torch import nn
 
 from steerscope.catalog.fingerprint import ServedModel
 from steerscope.engine import wiring
+from steerscope.engine.orders import Stamps
 from steerscope.engine.plan import RequestInfo, StepLayout
 from steerscope.engine.roster import NOTHING, Arrival, MoreBlocks
 from steerscope.engine.runtime import Capacity, EngineRuntime, StepNews
@@ -58,8 +59,8 @@ class Callbacks:
     """The finished VllmConfig: check it, start the hub."""
     front_end: Callable[[Any], FrontEnd | None]
     """VllmConfig → the front end's half, None when not ours."""
-    scheduler_side: Callable[[Any], SchedulerSide | None]
-    """VllmConfig → the scheduler's half, None when not ours."""
+    scheduler_side: Callable[[Any, Stamps], SchedulerSide | None]
+    """VllmConfig → the scheduler's half, None when not ours. Any thread may ask for the stamps."""
     runtime: Callable[[Any, Any], EngineRuntime | None]
     """(VllmConfig, model runner) → the worker's half, None when not ours."""
 
@@ -499,7 +500,8 @@ def _scheduler_made(
 ) -> None:
     """Before any request comes, so that orders that wait for one are here first."""
     original(self, *args, **kwargs)
-    setattr(self, _ATTRIBUTE, callbacks.scheduler_side(self.vllm_config))
+    side = callbacks.scheduler_side(self.vllm_config, functools.partial(_stamps, self))
+    setattr(self, _ATTRIBUTE, side)
 
 
 def _side(scheduler: Any) -> SchedulerSide | None:
@@ -556,7 +558,7 @@ def _freed(
 
 def _stamps(scheduler: Any) -> dict[str, tuple[stamp.Stamp, int]]:
     found = {}
-    for req_id, request in scheduler.requests.items():
+    for req_id, request in list(scheduler.requests.items()):  # a thread may be asking
         extra_args = getattr(request.sampling_params, "extra_args", None) or {}
         if (payload := extra_args.get(stamp.STAMP_KEY)) is not None:
             found[req_id] = stamp.decode(payload), request.num_prompt_tokens

@@ -36,10 +36,6 @@ SILENT_AFTER_SECONDS = 10.0
 HOLD_SECONDS = 2.0
 """How long to wait for engines to have an order."""
 
-UNTOLD_SECONDS = 0.2
-"""How long engines that have an order may take to meet its request, which may run and not have been
-told of: a step, of which workers tell at once if it is longer."""
-
 MAX_TOLD = 1000
 """How many sequences that a standing order changed, or could not, are remembered."""
 
@@ -59,8 +55,8 @@ class Ordered:
     applied: dict[str, int] = field(default_factory=dict)
     """By sequence: the first position that is steered so."""
     declined: dict[str, str] = field(default_factory=dict)
-    holding: set[bytes] = field(default_factory=set)
-    """Engines that have it."""
+    holding: dict[bytes, int] = field(default_factory=dict)
+    """Engines that have it, each with how many sequences of the request ran there then."""
 
     @property
     def num_answers(self) -> int:
@@ -132,7 +128,7 @@ class EnginePlane:
         """Order it of every engine; wait for the answers of ``num_running`` sequences.
 
         Where none is known to run, wait a little for the engines to have it: a request that is
-        sent after the answer then meets it. One may run that is not told of yet.
+        sent after the answer then meets it. They say whether one runs that is not told of yet.
 
         It replaces an order for the same request that still waits. ``over_bound``: whether it
         may beat a binding.
@@ -156,12 +152,13 @@ class EnginePlane:
         if num_running:
             await self._until(lambda: ordered.num_answers >= num_running, wait_seconds)
         else:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_seconds):
-                    await self._until(
-                        lambda: ordered.holding.issuperset(self._engines), HOLD_SECONDS
-                    )
-                    await self._until(lambda: ordered.num_answers > 0, UNTOLD_SECONDS)
+            await self._until(
+                lambda: (
+                    ordered.holding.keys() >= self._engines.keys()
+                    and ordered.num_answers >= sum(ordered.holding.values())
+                ),
+                min(HOLD_SECONDS, wait_seconds),
+            )
         return ordered
 
     async def hold(
@@ -285,8 +282,8 @@ class EnginePlane:
 
 def _note_ordered(ordered: Ordered, identity: bytes, message: Applied | Declined | Holding) -> None:
     match message:
-        case Holding():
-            ordered.holding.add(identity)
+        case Holding(_, num_running):
+            ordered.holding.setdefault(identity, num_running)
         case Applied(_, request_id, position):
             ordered.applied[request_id] = position
         case Declined(_, request_id, reason):

@@ -16,7 +16,7 @@ import msgspec
 from steerscope.steering.interventions import Intervention
 from steerscope.steering.rules import OverrideMode
 
-ORDERS_VERSION = 3
+ORDERS_VERSION = 4
 
 
 def engines_address(endpoint: str) -> str:
@@ -55,6 +55,8 @@ class Holding(msgspec.Struct, frozen=True, tag=True):
     """An order is here, and known before the next step is scheduled."""
 
     order_id: int
+    num_running: int = 0
+    """Sequences of its request that run here, and will answer; 0 for a standing order."""
 
 
 class Order(msgspec.Struct, frozen=True, tag=True):
