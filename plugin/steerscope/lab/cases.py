@@ -156,7 +156,7 @@ def _case(line: bytes, where: str) -> Case:
     if len(line) > MAX_LINE_BYTES:
         raise CaseError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
     try:
-        case = msgspec.json.decode(line, type=Case)
+        case = msgspec.json.decode(line.decode(), type=Case)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CaseError(f"{where}: {error}") from None
     _check(case, where)
