@@ -130,7 +130,7 @@ def scheduler_side(vllm_config: Any, stamps: Stamps) -> SchedulerSide | None:
     limits = Limits(
         settings.catalog_digest, settings.steering.max_rows_per_request, _refused(vllm_config)
     )
-    book = OrderBook(link.arrived, link.answer, limits)
+    book = OrderBook(link.arrived, link.answer, limits, stamps)
     return SchedulerSide(seams.is_speculative(vllm_config), book)
 
 

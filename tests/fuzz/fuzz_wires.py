@@ -223,9 +223,10 @@ def orders(data: bytes) -> bool:
     for payload in messages(data):
         link._receive(payload)
     taken, answers = bool(link.arrived), []
-    book = OrderBook(link.arrived, answers.append, EngineLimits(catalog().digest, 4), lambda: 1.0)
     running = {"r1": (Stamp("id"), 5), "r2": (Stamp("other", policy="inline"), 0)}
-    for request_id, stamp_from in book.due(lambda: running).items():
+    limits = EngineLimits(catalog().digest, 4)
+    book = OrderBook(link.arrived, answers.append, limits, lambda: running, lambda: 1.0)
+    for request_id, stamp_from in book.due().items():
         for position in (0, 7):
             changed = stamp_from(position)
             if changed is not None:

@@ -2,10 +2,11 @@
 
 import asyncio
 import time
+from collections import deque
 
 import pytest
 from steerscope.engine.orders import EngineLink, Limits, OrderBook
-from steerscope.engine.scheduling import SchedulerSide
+from steerscope.engine.scheduling import NO_NEWS, SchedulerSide
 from steerscope.hub.engines import EnginePlane
 from steerscope.steering.interventions import Intervention, SteeringSpec
 from steerscope.steering.rules import OverrideMode, SteeringSource
@@ -32,14 +33,15 @@ class Core:
     def __init__(self, endpoint, engine="0", *, catalog=CATALOG, refused="", max_rows=4):
         self.requests = {}
         self.link = EngineLink(endpoint, engine, catalog, self._stamps)
-        book = OrderBook(self.link.arrived, self.link.answer, Limits(CATALOG, max_rows, refused))
+        limits = Limits(CATALOG, max_rows, refused)
+        book = OrderBook(self.link.arrived, self.link.answer, limits, self._stamps)
         self.side = SchedulerSide(speculative=False, orders=book)
 
     def step(self):
         def restamp(req_id, _, stamp):
             self.requests[req_id].stamp = stamp
 
-        return self.side.before_step(self.requests, restamp, self._stamps).stamps
+        return self.side.before_step(self.requests, restamp).stamps
 
     def _stamps(self):
         running = list(self.requests.items())
@@ -317,14 +319,12 @@ def test_a_core_that_comes_late_hears_of_the_orders_that_wait(endpoint):
     assert run(body()).requests["r-1"].stamp.digest
 
 
-def test_a_step_without_orders_never_asks_for_stamps(endpoint):
-    core = Core(endpoint)
-
+def test_a_step_without_orders_never_asks_for_stamps():
     def stamps():
         raise AssertionError("asked")
 
-    note = core.side.before_step({}, None, stamps)
-    assert note.stamps == {}
+    book = OrderBook(deque(), None, Limits(CATALOG, 4), stamps)
+    assert SchedulerSide(False, book).before_step({}, None) is NO_NEWS
 
 
 def test_the_note_carries_the_new_stamp_to_every_rank(endpoint):

@@ -76,7 +76,8 @@ class Core:
     def __init__(self, endpoint, catalog_digest, max_rows=4):
         self.link = EngineLink(endpoint, "0", catalog_digest)
         limits = Limits(catalog_digest, max_rows)
-        self.side = SchedulerSide(False, OrderBook(self.link.arrived, self.link.answer, limits))
+        book = OrderBook(self.link.arrived, self.link.answer, limits, self._stamps)
+        self.side = SchedulerSide(False, book)
         self.requests = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._step)
@@ -91,7 +92,7 @@ class Core:
             self.requests[req_id].stamp = stamp
 
         while not self._done.wait(0.002):
-            self.side.before_step(self.requests, restamp, self._stamps)
+            self.side.before_step(self.requests, restamp)
 
     def _stamps(self):
         return {i: (r.stamp, r.num_prompt_tokens) for i, r in self.requests.items()}

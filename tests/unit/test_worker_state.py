@@ -178,17 +178,17 @@ class TestSchedulerSide:
         side.end("done", Running(11, 12), has_unfed_token=True)
         side.end("cut", Running(4, 12), has_unfed_token=False)
         side.end("drafted beyond", Running(15, 12), has_unfed_token=True)
-        assert side.before_step({}, None, None).ended == {
+        assert side.before_step({}, None).ended == {
             "done": 11,
             "cut": 4,
             "drafted beyond": 11,
         }
-        assert side.before_step({}, None, None).ended == {}
+        assert side.before_step({}, None).ended == {}
 
     def test_what_was_accepted_is_told_of_those_in_the_last_step(self):
         side = SchedulerSide(speculative=True)
         side.after_step({"a": 5, "gone": 1})
-        note = side.before_step({"a": Running(7, 8), "other": Running(1, 2)}, None, None)
+        note = side.before_step({"a": Running(7, 8), "other": Running(1, 2)}, None)
         assert note.computed == {"a": 7}
 
     def test_a_change_takes_the_position_of_the_next_token(self):
@@ -203,11 +203,11 @@ class TestSchedulerSide:
         for name in (*requests, "gone"):
             side.change(name, stamp_from)
         seen = []
-        note = side.before_step(requests, lambda *args: seen.append(args[:2]), None)
+        note = side.before_step(requests, lambda *args: seen.append(args[:2]))
         assert made == [7, 8]
         assert seen == [("running", 7), ("preempted", 8)]
         assert set(note.stamps) == set(requests)
-        assert side.before_step(requests, None, None).stamps == {}
+        assert side.before_step(requests, None).stamps == {}
 
 
 def test_a_changed_stamp_is_the_old_one_before_and_the_new_one_after():

@@ -123,7 +123,8 @@ class EngineLink:
 class OrderBook:
     """Orders that wait for their requests, and the standing one, which is for all of them.
 
-    Only the scheduler's thread touches it.
+    Only the scheduler's thread touches it. ``stamps`` is asked for the running requests' only
+    while an order waits or stands.
     """
 
     def __init__(
@@ -131,11 +132,13 @@ class OrderBook:
         arrived: deque[Order | Withdraw | Standing],
         answer: Callable[[Applied | Declined], None],
         limits: Limits,
+        stamps: Stamps,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._arrived = arrived
         self._answer = answer
         self._limits = limits
+        self._stamps = stamps
         self._clock = clock
         self._waiting: dict[str, tuple[Order, float]] = {}
         """By external id: the newest order and when it expires."""
@@ -149,12 +152,8 @@ class OrderBook:
         """Whether an order waits or stands, or has arrived."""
         return bool(self._arrived or self._waiting or self._standing)
 
-    def due(self, stamps: Callable[[], Mapping[str, tuple[Stamp, int]]]) -> dict[str, StampFrom]:
-        """Changes to make now, by request.
-
-        ``stamps`` gives each running request's stamp and prompt length; it is only called when
-        an order waits or stands.
-        """
+    def due(self) -> dict[str, StampFrom]:
+        """Changes to make now, by request."""
         while self._arrived:
             self._take(self._arrived.popleft())
         if not self._waiting and self._standing is None:
@@ -162,7 +161,7 @@ class OrderBook:
         self._expire()
         found: dict[str, StampFrom] = {}
         met: set[str] = set()
-        running = stamps()
+        running = self._stamps()
         for request_id, (stamp, num_prompt_tokens) in running.items():
             if stamp.external_id in self._waiting:
                 met.add(stamp.external_id)

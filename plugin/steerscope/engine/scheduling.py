@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from steerscope.engine.orders import OrderBook, StampFrom, Stamps
+from steerscope.engine.orders import OrderBook, StampFrom
 from steerscope.steering.stamp import Stamp, encode
 
 
@@ -77,14 +77,13 @@ class SchedulerSide:
         self,
         requests: Mapping[str, Running],
         restamp: Callable[[str, int, Stamp], None],
-        stamps: Stamps,
     ) -> StepNote:
         """What this step's note says; called before the scheduler decides on the step.
 
         ``restamp`` is called with (request, first position, stamp) for each change.
         """
         if self._orders is not None and self._orders.is_open:
-            self._changes.update(self._orders.due(stamps))
+            self._changes.update(self._orders.due())
         if not (self._ended or self._changes or self._speculative):
             return NO_NEWS
         computed = {

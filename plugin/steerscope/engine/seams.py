@@ -515,9 +515,7 @@ def _schedule(
     side = _side(self)
     if side is None:
         return original(self, *args, **kwargs)
-    note = side.before_step(
-        self.requests, functools.partial(_restamp, self), functools.partial(_stamps, self)
-    )
+    note = side.before_step(self.requests, functools.partial(_restamp, self))
     scheduler_output = original(self, *args, **kwargs)
     side.after_step(scheduler_output.num_scheduled_tokens)
     if self.connector is not None:
