@@ -1,19 +1,17 @@
 """What Steerscope costs beside plain compiled vLLM, in one run, in ratios.
 
     python tests/bench/bench.py [--models demo medium] [--columns ...] [--served ...]
-                                [--seconds 7] [--out folder] [--quick]
+                                [--toggled ...] [--seconds 4] [--out folder] [--quick]
 
-Columns: ``null`` (plain once more: what the others' figures are worth; ``null-2`` and so on tell
-how far processes that do the same differ), ``eager`` (plain with
-``enforce_eager``, which plugins that hook layers force; for scale), ``inert`` (installed, not
-configured), ``idle`` (one feature, nothing asked), ``observe-F[xL]`` (F features over L layers, or
-``all``), ``steer-P`` (64 features, P policies in rotation). A group of them runs beside plain
-vLLM, a few steps each in turn; see ``engine_pair.py``. What needs HTTP is in ``served.py``.
+Columns are told in ``columns.py``. A group of them runs beside plain vLLM, a few steps each in
+turn; see ``engine_pair.py``. What needs HTTP is in ``served.py``; what one engine costs that has
+Steerscope and has it not, in ``toggled.py``.
 
 Work: decoding (prompts of 32 tokens, 128 generated; ended requests are replaced at once), the
 first token after a prompt of 1,024, and after one that shares 960 of them with those before (the
 prefix cache has the whole blocks of that).
-``--seconds`` are for each engine and each kind of work. Prints Markdown; ``--out`` keeps all.
+``--seconds`` are for each engine and each kind of work, and so many times more for each cell of
+``toggled.py``, which looks for half a percent. Prints Markdown; ``--out`` keeps all.
 """
 
 from __future__ import annotations
@@ -40,10 +38,12 @@ import bench_tables
 import numpy as np
 import ratios
 import served
+import toggled
 import yaml
+from columns import CONCURRENCY, ENGINE_ARGS, spec
 from engine_pair import ENGINE_CORE, HUB_CORE, Child, EngineSpec, in_turn, turn
 from prometheus_client.parser import text_string_to_metric_families
-from random_model import SHAPES, write_config, write_model
+from random_model import SHAPES, write_model
 
 GROUPS = (
     ("null", "eager", "inert", "idle"),
@@ -52,41 +52,7 @@ GROUPS = (
     ("steer-1", "steer-16", "steer-64", "steer-256", "steer-1000"),
 )
 """Engines that are alive, and compared, together."""
-COLUMN = re.compile(r"(null(?:-\d)?|eager|inert|idle)|observe-(\d+)(?:x(\d+|all))?|steer-(\d+)")
-CONCURRENCY = (1, 8, 64)
 PREFILL_TOKENS, SHARED_TOKENS = 1024, 960
-ENGINE_ARGS = {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 64}
-
-
-def spec(name: str, model: Path, shape: dict[str, int], folder: Path) -> EngineSpec:
-    """The engine of a column; writes what it is configured by."""
-    found = COLUMN.fullmatch(name)
-    if found is None:
-        raise SystemExit(f"no column {name!r}")
-    engine_args = {**ENGINE_ARGS, "enforce_eager": name == "eager"}
-    if found[1] and name != "idle":
-        return EngineSpec(name, model, engine_args=engine_args)
-    num_features = 1 if name == "idle" else int(found[2] or 64)
-    num_layers = shape["num_hidden_layers"] if found[3] == "all" else int(found[3] or 1)
-    steering = {p: policies(p, int(found[4] or 0)) for p in ("all", "generation")}
-    config = write_config(
-        folder / name, shape, num_features, num_layers, [*steering["all"], *steering["generation"]]
-    )
-    names = {phase: [each["name"] for each in made] for phase, made in steering.items()}
-    return EngineSpec(name, model, config, names, engine_args)
-
-
-def policies(phase: str, count: int) -> list[dict[str, Any]]:
-    """No two alike."""
-    return [
-        {
-            "name": f"{phase}-{i}",
-            "interventions": [
-                {"feature": f"feature_{i % 64}", "add": 0.5 + i / 1000, "phase": phase}
-            ],
-        }
-        for i in range(count)
-    ]
 
 
 @contextmanager
@@ -264,7 +230,8 @@ def main() -> int:
     every = [column for group in GROUPS for column in group]
     parser.add_argument("--columns", nargs="*", default=every)
     parser.add_argument("--served", nargs="*", choices=served.COLUMNS, default=served.COLUMNS)
-    parser.add_argument("--seconds", type=float, default=7.0, help="for each engine and work")
+    parser.add_argument("--toggled", nargs="*", default=toggled.COLUMNS)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each engine and work")
     parser.add_argument("--quick", action="store_true", help="a second: whether it runs at all")
     parser.add_argument("--out", type=Path, help="a folder for bench.json and bench.md")
     arguments = parser.parse_args()
@@ -280,6 +247,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="served-") as folder:
             if arguments.served:
                 found["served"] = served.run(name, arguments.served, Path(folder), seconds)
+        _keep(kept, arguments.out)
+        found["toggled"] = {
+            column: toggled.run(name, column, toggled.TIMES_AS_LONG * seconds)
+            for column in arguments.toggled
+        }
         _keep(kept, arguments.out)
     print(bench_tables.markdown(kept))
     return 0

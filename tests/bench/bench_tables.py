@@ -28,6 +28,9 @@ def markdown(kept: Found) -> str:
             lines += ["", *_slopes(found["engines"])]
         if found.get("served"):
             lines += ["", f"### {name}: over HTTP", "", *_served(found["served"])]
+        if found.get("toggled"):
+            lines += ["", f"### {name}: one engine, with and without in turn", ""]
+            lines += toggled(found["toggled"])
     return "\n".join(lines)
 
 
@@ -70,6 +73,19 @@ def _served(columns: Found) -> Iterable[str]:
         for size, cell in cells.items()
     }
     return _table(titles, rows)
+
+
+def toggled(columns: Found) -> Iterable[str]:
+    """What ``toggled.py`` found; throughput is without the tenth of the turns at either end."""
+    rows = {
+        f"{name}, {size} at a time": [
+            *(_ratio(cell[key]) for key in ("throughput", "itl_p99")),
+            *(_number(cell[key]) for key in ("plain_step_us", "extra_us")),
+        ]
+        for name, cells in columns.items()
+        for size, cell in cells.items()
+    }
+    return _table(["throughput", "ITL p99", "plain step, µs", "more, µs"], rows)
 
 
 def _slopes(columns: Found) -> Iterable[str]:

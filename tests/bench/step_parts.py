@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import ENGINE_ARGS, spec
+from columns import ENGINE_ARGS, spec
 from engine_child import Engine, place
 from engine_pair import ENGINE_CORE, HUB_CORE, enter_environment
 from random_model import SHAPES, write_model

@@ -1,6 +1,6 @@
 """What a decoding step costs, in one engine that has Steerscope and has it not, in turn.
 
-    python tests/bench/toggled.py [--models demo medium] [--columns observe-64 ...] [--seconds 20]
+    python tests/bench/toggled.py [--models demo medium] [--columns observe-64 ...] [--seconds 60]
 
 Two processes that do the same differ by percents, depending on where their memory happens to lie;
 one process does not differ from itself. A few steps with Steerscope, as many without (the
@@ -19,19 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import bench_tables
 import numpy as np
 import ratios
-from bench import CONCURRENCY, ENGINE_ARGS, spec
+from columns import ENGINE_ARGS, spec
 from engine_child import PROMPT_TOKENS, Engine, place
-from engine_pair import ENGINE_CORE, HUB_CORE, enter_environment
+from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
 from random_model import SHAPES, write_model
 
 MAX_TOKENS = 600
 """After which other requests are taken: contexts stay short, where our share is largest."""
-COLUMNS = ("observe-64", "observe-1024", "observe-64x4", "steer-64")
+COLUMNS = ("idle", "observe-64", "observe-1024", "observe-64x4", "steer-64")
+CONCURRENCY = (8, 64)
+TIMES_AS_LONG = 15
+"""As the same work takes in ``bench.py``."""
 TURN_SECONDS = 0.05
 LEAST_STEPS = 4
 """Of a turn."""
@@ -102,11 +107,10 @@ def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
     ratio = ratios.trimmed_throughput(times[False], times[True])
     step_us = float(np.concatenate(times[False]).mean())
     return {
-        "throughput": [ratio.value, ratio.low, ratio.high],
-        "step_us": round(step_us, 1),
+        "throughput": asdict(ratio),
+        "itl_p99": asdict(ratios.latency(times[False], times[True], 0.99)),
+        "plain_step_us": round(step_us, 1),
         "extra_us": round(step_us * (1 / ratio.value - 1), 1),
-        "p99": round(ratios.latency(times[False], times[True], 0.99).value, 3),
-        "turns": len(times[True]),
     }
 
 
@@ -126,34 +130,32 @@ def column(model: str, name: str, seconds: float) -> None:
     print("RESULT " + json.dumps(cells), flush=True)
 
 
+def run(model: str, name: str, seconds: float) -> dict[str, Any]:
+    """One column, by number of requests."""
+    command = [sys.executable, __file__, "--seconds", str(seconds), "--one", model, name]
+    told = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ENVIRONMENT}
+    ).stdout
+    (line,) = (row for row in told.splitlines() if row.startswith("RESULT "))
+    print(f"{model}: {name}, by turns, done", file=sys.stderr, flush=True)
+    cells: dict[str, Any] = json.loads(line[7:])
+    return cells
+
+
 def main() -> int:
     """Run it; see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=sorted(SHAPES), default=sorted(SHAPES))
     parser.add_argument("--columns", nargs="*", default=COLUMNS)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each cell")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each cell")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    enter_environment()
     if arguments.one:
         column(*arguments.one, arguments.seconds)
         return 0
-    head = [f"{c} at a time" for c in CONCURRENCY]
-    print(f"| | {' | '.join(head)} |\n|{' --- |' * (len(head) + 1)}", flush=True)
     for model in arguments.models:
-        for name in arguments.columns:
-            command = [sys.executable, __file__, "--seconds", str(arguments.seconds)]
-            told = subprocess.run(
-                [*command, "--one", model, name], stdout=subprocess.PIPE, text=True, check=True
-            ).stdout
-            (line,) = (row for row in told.splitlines() if row.startswith("RESULT "))
-            cells = [
-                "{:.4f} ({:.4f} - {:.4f}), {extra_us} of {step_us} µs, p99 {p99}".format(
-                    *cell["throughput"], **cell
-                )
-                for cell in json.loads(line[7:]).values()
-            ]
-            print(f"| {model}: {name} | {' | '.join(cells)} |", flush=True)
+        found = {name: run(model, name, arguments.seconds) for name in arguments.columns}
+        print("\n".join(bench_tables.toggled(found)), flush=True)
     return 0
 
 

@@ -8,8 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-import bench
+import columns
 import ratios
+from random_model import SHAPES
 
 NUM_ROUNDS, NUM_STEPS = 200, 5
 
@@ -57,11 +58,11 @@ def test_a_slope_needs_two_costs_that_are_known():
 
 def test_a_column_that_nobody_knows_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="no column 'observe'"):
-        bench.spec("observe", tmp_path, bench.SHAPES["demo"], tmp_path)
+        columns.spec("observe", tmp_path, SHAPES["demo"], tmp_path)
 
 
 def test_the_policies_of_a_steered_column_are_all_different(tmp_path):
-    made = bench.spec("steer-1000", tmp_path, bench.SHAPES["demo"], tmp_path)
+    made = columns.spec("steer-1000", tmp_path, SHAPES["demo"], tmp_path)
     assert len(set(made.steering["all"])) == 1000
-    edits = {str(policy["interventions"]) for policy in bench.policies("all", 1000)}
+    edits = {str(policy["interventions"]) for policy in columns.policies("all", 1000)}
     assert len(edits) == 1000
