@@ -219,14 +219,14 @@ def orders(data: bytes) -> bool:
     """From the hub to an engine core: what the scheduler's half makes of it."""
     link = EngineLink.__new__(EngineLink)  # without the thread that owns a socket
     link.arrived, link._answers = deque(maxlen=100), deque(maxlen=100)
-    link._stamps = lambda: {"r1": (Stamp("id"), 5)}
+    link._stamps = lambda _: {"r1": (Stamp("id"), 5)}
     for payload in messages(data):
         link._receive(payload)
     taken, answers = bool(link.arrived), []
     running = {"r1": (Stamp("id"), 5), "r2": (Stamp("other", policy="inline"), 0)}
     limits = EngineLimits(catalog().digest, 4)
-    book = OrderBook(link.arrived, answers.append, limits, lambda: running, lambda: 1.0)
-    for request_id, stamp_from in book.due().items():
+    book = OrderBook(link.arrived, answers.append, limits, lambda _: running, lambda: 1.0)
+    for request_id, stamp_from in book.due(running.keys()).items():
         for position in (0, 7):
             changed = stamp_from(position)
             if changed is not None:

@@ -8,6 +8,7 @@ import pytest
 from steerscope.engine.orders import EngineLink, Limits, OrderBook
 from steerscope.engine.scheduling import NO_NEWS, SchedulerSide
 from steerscope.hub.engines import EnginePlane
+from steerscope.hub.orders import Standing
 from steerscope.steering.interventions import Intervention, SteeringSpec
 from steerscope.steering.rules import OverrideMode, SteeringSource
 from steerscope.steering.stamp import Stamp, decode
@@ -43,9 +44,10 @@ class Core:
 
         return self.side.before_step(self.requests, restamp).stamps
 
-    def _stamps(self):
+    def _stamps(self, req_ids):
         running = list(self.requests.items())
-        return {i: (r.stamp, r.num_prompt_tokens) for i, r in running}
+        wanted = self.requests if req_ids is None else req_ids
+        return {i: (r.stamp, r.num_prompt_tokens) for i, r in running if i in wanted}
 
     async def stepping(self):
         while True:
@@ -320,11 +322,40 @@ def test_a_core_that_comes_late_hears_of_the_orders_that_wait(endpoint):
 
 
 def test_a_step_without_orders_never_asks_for_stamps():
-    def stamps():
+    def stamps(_):
         raise AssertionError("asked")
 
     book = OrderBook(deque(), None, Limits(CATALOG, 4), stamps)
     assert SchedulerSide(False, book).before_step({}, None) is NO_NEWS
+
+
+def test_under_an_override_a_request_is_looked_at_when_it_comes_and_never_again():
+    requests = {"a": Running("a", 12), "b": Running("b", 12)}
+    asked = []
+
+    def stamps(req_ids):
+        asked.append(set(req_ids))
+        return {i: (requests[i].stamp, 10) for i in req_ids}
+
+    def step():
+        side.before_step(requests, lambda req_id, _, stamp: steered.append(req_id))
+
+    steered = []
+    arrived = deque([Standing(1, OverrideMode.FORCE, "p", SPEC.interventions)])
+    side = SchedulerSide(False, OrderBook(arrived, lambda _: None, Limits(CATALOG, 4), stamps))
+    step()
+    requests["c"] = Running("c", 12)
+    step()
+    step()
+    assert asked == [{"a", "b"}, {"c"}]
+    side.end("a", requests.pop("a"), has_unfed_token=True)
+    requests["a"] = Running("another", 12)
+    step()
+    assert asked[2:] == [{"a"}]
+    assert sorted(steered) == ["a", "a", "b", "c"]
+    arrived.append(Standing(2, OverrideMode.OFF))
+    step()
+    assert asked[3:] == [{"a", "b", "c"}]
 
 
 def test_the_note_carries_the_new_stamp_to_every_rank(endpoint):

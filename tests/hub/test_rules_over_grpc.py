@@ -74,11 +74,11 @@ class Core:
     """An engine core's half of ours, stepping in a thread."""
 
     def __init__(self, endpoint, catalog_digest, max_rows=4):
-        self.link = EngineLink(endpoint, "0", catalog_digest)
+        self.requests = {}
+        self.link = EngineLink(endpoint, "0", catalog_digest, self._stamps)
         limits = Limits(catalog_digest, max_rows)
         book = OrderBook(self.link.arrived, self.link.answer, limits, self._stamps)
         self.side = SchedulerSide(False, book)
-        self.requests = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._step)
         self._thread.start()
@@ -94,8 +94,10 @@ class Core:
         while not self._done.wait(0.002):
             self.side.before_step(self.requests, restamp)
 
-    def _stamps(self):
-        return {i: (r.stamp, r.num_prompt_tokens) for i, r in self.requests.items()}
+    def _stamps(self, req_ids):
+        running = list(self.requests.items())
+        wanted = self.requests if req_ids is None else req_ids
+        return {i: (r.stamp, r.num_prompt_tokens) for i, r in running if i in wanted}
 
 
 class Running:

@@ -8,6 +8,7 @@ import torch
 import zmq
 from steerscope.catalog import store
 from steerscope.engine import readout as readout_module
+from steerscope.engine import sender as sender_module
 from steerscope.engine.plan import BatchPlan, RequestInfo, StepLayout
 from steerscope.engine.readout import Readout, Source
 from steerscope.engine.roster import Arrival, MoreBlocks, Roster
@@ -314,6 +315,72 @@ def test_a_slot_that_changes_hands_while_steps_wait_has_what_came_last(
     assert np.array_equal(frames.acts_TF(cached.sites[0]), np.concatenate([acts[0][:4], acts[1]]))
 
 
+class TestManyThatShareAPrefix:
+    """Eight tokens of it were computed by "a" and are kept; "b" to "d" come in one step."""
+
+    @pytest.fixture
+    def crowd(self, readout, wire, site, patience):
+        tap, _ = site
+        readout.keep(SlotCache((len(tap.features),), 64, 1 << 20), 4)
+        readout._roster.arrive([Arrival("a", RequestInfo(Stamp("ext-a"), 9), [3, 4, 5])])
+        tap(torch.randn(8, 128), None)
+        step(readout, ("a", 0, 8))
+        readout.tell()
+        for i, name in enumerate("bcd"):
+            blocks = [3, 4, 6 + i]
+            readout._roster.arrive([Arrival(name, RequestInfo(Stamp(f"ext-{name}"), 9), blocks)])
+        tap(torch.randn(4, 128), None)
+        wire.sent.clear()
+        return layout(("a", 8, 1), *((name, 8, 1) for name in "bcd"))
+
+    def run(self, readout, crowd):
+        readout.meet(crowd)
+        readout.emit(crowd, NO_TOKENS)
+
+    def test_they_are_told_of_a_few_at_a_time_before_their_tokens(self, readout, wire, crowd):
+        readout._news._max_cached = 10
+        readout._news.ended.append(RequestEnd("x", 7))  # may have tokens that still wait
+        self.run(readout, crowd)
+        (starts,) = wire.sent
+        assert [s.request_id for s in starts.started] == ["b", "c"]
+        assert all(sum(s.cached.known) == 8 for s in starts.started)
+        assert (starts.request_ids, starts.finished) == ((), ())
+        readout.tell()
+        tokens = wire.sent[1]
+        assert [s.request_id for s in tokens.started] == ["d"]
+        assert (tokens.request_ids, len(tokens.finished)) == (("a", "b", "c", "d"), 1)
+
+    def test_a_hub_that_is_new_by_then_is_told_of_each_once(self, readout, wire, crowd):
+        readout._news._max_cached = 10
+        wire.lost = True
+        self.run(readout, crowd)
+        readout.tell()
+        told = [(s.request_id, s.resumed_at) for f in wire.sent for s in f.started]
+        assert sorted(told) == [("a", 8), ("b", None), ("c", None), ("d", None)]
+        assert wire.sent[-1].request_ids == ("a", "b", "c", "d")
+
+    def test_what_cannot_be_told_is_not_kept_for_later(self, readout, wire, crowd):
+        wire.open = False
+        self.run(readout, crowd)
+        readout.tell()
+        wire.open = True
+        readout.flush()
+        (late,) = wire.sent
+        assert [(s.request_id, s.first_position, s.cached) for s in late.started] == [
+            (name, 8, None) for name in "bcd"
+        ]
+
+    def test_of_a_prefix_that_no_frame_would_hold_nothing_is_told(
+        self, readout, wire, crowd, monkeypatch
+    ):
+        monkeypatch.setattr(
+            readout_module, "MAX_REUSED_BYTES", 8 * readout._kept.bytes_per_slot - 1
+        )
+        self.run(readout, crowd)
+        readout.tell()
+        assert [s.cached for s in wire.sent[-1].started] == [None] * 3
+
+
 def test_an_id_that_comes_back_while_its_end_waits_is_another_request(readout, wire, patience):
     emit(readout, ("a", 0, 4), ("b", 0, 4))
     decode_a = ("a", 4, 1)
@@ -570,6 +637,12 @@ def test_where_no_more_bytes_may_wait_only_the_newest_frame_is_lost(tmp_path):
         while (message := hub.recv()) == b"x":
             pass
         assert message == b"y"
+
+
+def test_a_frame_that_the_hub_would_refuse_is_not_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(sender_module, "MAX_FRAME_BYTES", 3)
+    sender = FrameSender(str(tmp_path), 1)
+    assert [sender.send(payload) for payload in (b"abc", b"abcd")] == [True, False]
 
 
 class Flight:

@@ -16,8 +16,22 @@ from steerscope.steering.interventions import canonical_json, steering_digest
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry.frames import CachedActivations, RequestEnd, RequestStart, SteeringChange
 
+MAX_CACHED_VALUES = 1 << 19
+"""Kept activations of requests that start which may wait to be told, and one request's more."""
+
 Reused = tuple[CachedActivations | None, int]
 """Of a request's first tokens: what is kept of them, and how many had their KV brought to them."""
+
+
+def max_cached(num_features: int) -> int:
+    """So many positions are ``MAX_CACHED_VALUES``."""
+    return MAX_CACHED_VALUES // max(num_features, 1)
+
+
+def max_bytes(num_features: int, num_sites: int, max_model_len: int) -> int:
+    """What activations, changes and doses kept of requests that start can take in one frame."""
+    num_positions = max_cached(num_features) + max_model_len
+    return num_positions * (8 * num_features + 4 * num_sites + 1)
 
 
 class HubNews:
@@ -27,14 +41,22 @@ class HubNews:
         catalog_digest: of the catalog that is served.
         roster: the requests, also those that end now.
         reused: asked for a request that did not compute its first positions, with their number.
+        num_features: of all sites.
     """
 
     def __init__(
-        self, catalog_digest: str, roster: Roster, reused: Callable[[str, int], Reused]
+        self,
+        catalog_digest: str,
+        roster: Roster,
+        reused: Callable[[str, int], Reused],
+        num_features: int,
     ) -> None:
         self._catalog_digest = catalog_digest
         self._roster = roster
         self._reused = reused
+        self._max_cached = max_cached(num_features)
+        self.num_cached = 0
+        """First positions of requests that start, of which something is kept, since last tried."""
         self._known: set[str] = set()
         """Requests that the hub was told of."""
         self._known_earlier: set[str] = set()
@@ -51,6 +73,11 @@ class HubNews:
     def started(self) -> tuple[RequestStart, ...]:
         """Those that the hub does not know, or not any more."""
         return (*self._resumed.values(), *self._started.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether those that start should be told of at once."""
+        return self.num_cached > self._max_cached
 
     def are_untold(self, req_ids: Iterable[str]) -> bool:
         """Whether the hub is still to be told that one of them started."""
@@ -138,6 +165,12 @@ class HubNews:
             self._leaving.clear()
             self.ended.clear()
 
+    def lose_cached(self) -> None:
+        """It could not be told: requests that start are told of without what is kept."""
+        for req_id, start in self._started.items():
+            if start.cached is not None:
+                self._started[req_id] = msgspec.structs.replace(start, cached=None)
+
     def _resumption(self, req_id: str, info: RequestInfo, position: int) -> RequestStart:
         """For a hub that does not know the request; an earlier one knew it up to there."""
         start = self._request_start(req_id, info, 0)
@@ -146,6 +179,8 @@ class HubNews:
     def _request_start(self, req_id: str, info: RequestInfo, first_position: int) -> RequestStart:
         stamp = info.stamp or Stamp(req_id)
         cached, num_external = self._reused(req_id, first_position) if first_position else (None, 0)
+        if cached is not None:
+            self.num_cached += first_position
         return RequestStart(
             request_id=req_id,
             external_id=stamp.external_id,

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import msgspec
@@ -43,8 +43,8 @@ MAX_ANSWERS = 10_000
 
 _log = logging.getLogger(__name__)
 
-Stamps = Callable[[], Mapping[str, tuple[Stamp, int]]]
-"""Every request's stamp and prompt length."""
+Stamps = Callable[[Iterable[str] | None], Mapping[str, tuple[Stamp, int]]]
+"""Stamp and prompt length of those running requests, or of all."""
 
 StampFrom = Callable[[int], Stamp | None]
 """The stamp that holds from a position on; None where it must not be changed."""
@@ -70,7 +70,7 @@ class EngineLink:
         endpoint: str,
         engine: str,
         catalog_digest: str,
-        stamps: Stamps = dict,
+        stamps: Stamps,
     ) -> None:
         self._endpoint = endpoint
         self._stamps = stamps
@@ -113,7 +113,7 @@ class EngineLink:
             return
         self.arrived.append(message)
         if isinstance(message, Order):  # looked at after it is there: none slips by in between
-            running = [stamp.external_id for stamp, _ in self._stamps().values()]
+            running = [stamp.external_id for stamp, _ in self._stamps(None).values()]
             num_running = running.count(message.external_id)
             self._answers.append(Holding(message.order_id, num_running))
         elif isinstance(message, Standing):
@@ -123,8 +123,8 @@ class EngineLink:
 class OrderBook:
     """Orders that wait for their requests, and the standing one, which is for all of them.
 
-    Only the scheduler's thread touches it. ``stamps`` is asked for the running requests' only
-    while an order waits or stands.
+    Only the scheduler's thread touches it. A request is looked at once for each message of the
+    hub's, and so is one that comes later while an order waits or stands.
     """
 
     def __init__(
@@ -144,38 +144,43 @@ class OrderBook:
         """By external id: the newest order and when it expires."""
         self._standing: Standing | None = None
         self._standing_digest = ""
-        self._out_of_reach: set[str] = set()
-        """Requests that cannot be steered as the standing order says."""
+        self._looked_at: set[str] = set()
+        """Running requests that are as the orders say, or cannot be."""
 
     @property
     def is_open(self) -> bool:
         """Whether an order waits or stands, or has arrived."""
         return bool(self._arrived or self._waiting or self._standing)
 
-    def due(self) -> dict[str, StampFrom]:
+    def due(self, running: Set[str]) -> dict[str, StampFrom]:
         """Changes to make now, by request."""
         while self._arrived:
             self._take(self._arrived.popleft())
-        if not self._waiting and self._standing is None:
+            self._looked_at.clear()
+        new = running - self._looked_at
+        if not new or not (self._waiting or self._standing):
             return {}
+        self._looked_at |= new
         self._expire()
         found: dict[str, StampFrom] = {}
         met: set[str] = set()
-        running = self._stamps()
-        for request_id, (stamp, num_prompt_tokens) in running.items():
+        for request_id, (stamp, num_prompt_tokens) in self._stamps(new).items():
             if stamp.external_id in self._waiting:
                 met.add(stamp.external_id)
                 order = self._waiting[stamp.external_id][0]
                 if not self._declines(order, request_id, stamp):
                     found[request_id] = self._change(order, request_id, stamp, num_prompt_tokens)
-            if self._standing is not None and not self._holds(request_id, stamp):
+            if self._standing is not None and not self._holds(stamp):
                 found[request_id] = self._change(
                     self._standing, request_id, stamp, num_prompt_tokens
                 )
         for external_id in met:
             del self._waiting[external_id]
-        self._out_of_reach.intersection_update(running)
         return found
+
+    def end(self, request_id: str) -> None:
+        """The request ended; another one may come by its id."""
+        self._looked_at.discard(request_id)
 
     def _take(self, message: Order | Withdraw | Standing) -> None:
         if isinstance(message, Order):
@@ -186,7 +191,6 @@ class OrderBook:
             self._standing_digest = steering_digest(
                 self._limits.catalog_digest, message.interventions, message.max_dose
             )
-            self._out_of_reach.clear()
             return
         for external_id, (order, _) in list(self._waiting.items()):
             if order.order_id == message.order_id:
@@ -208,14 +212,12 @@ class OrderBook:
             self._answer(Declined(order.order_id, request_id, reason))
         return bool(reason)
 
-    def _holds(self, request_id: str, stamp: Stamp) -> bool:
-        """Whether the request is as the standing order says, or cannot be."""
+    def _holds(self, stamp: Stamp) -> bool:
+        """Whether the request is as the standing order says."""
         assert self._standing is not None
         if self._standing.mode is OverrideMode.OFF:
             return not stamp.current
-        if stamp.source is SteeringSource.OVERRIDE and stamp.digest == self._standing_digest:
-            return True
-        return request_id in self._out_of_reach
+        return stamp.source is SteeringSource.OVERRIDE and stamp.digest == self._standing_digest
 
     def _change(
         self, order: Order | Standing, request_id: str, stamp: Stamp, num_prompt_tokens: int
@@ -230,7 +232,6 @@ class OrderBook:
             refused = self._limits.refused if spec.interventions else ""
             if reason := refused or self._too_many(changed):
                 self._answer(Declined(order.order_id, request_id, reason))
-                self._out_of_reach.add(request_id)
                 return None
             self._answer(Applied(order.order_id, request_id, position, stamp.external_id))
             return changed

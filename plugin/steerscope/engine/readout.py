@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,6 +32,7 @@ from steerscope.engine.taps import SiteTap
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry.frames import (
     FRAME_VERSION,
+    MAX_FRAME_BYTES,
     CachedActivations,
     Frame,
     SiteActivations,
@@ -45,6 +46,9 @@ To hand a message to ZeroMQ wakes its thread, which costs a step more than all e
 
 NEWS_WITHIN_NS = 10_000_000
 """The same where a response waits for the report of a request that ended."""
+
+MAX_REUSED_BYTES = MAX_FRAME_BYTES // 2
+"""Of one request's first tokens: of more none is told, and they are unobserved."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +81,8 @@ class Readout:
         self._roster = roster
         self._kept: SlotCache | None = None
         self._block_size = 1
-        self._news = HubNews(source.catalog_digest, roster, self._reused)
+        num_features = sum(len(tap.features) for tap in sites)
+        self._news = HubNews(source.catalog_digest, roster, self._reused, num_features)
         self._step = 0
         self._dropped = 0
         self._dropped_tokens = 0
@@ -231,13 +236,23 @@ class Readout:
         self._waiting.append(step)
         if self._newcomers:
             try:
-                self._news.start(step.layout, self._newcomers)
+                self._start(step.layout, self._newcomers, self._waiting)
                 self._newcomers = set()
             except Exception:
                 self._waiting.pop()
                 self._lose_step(step.num_tokens)
         if self._tape.is_full or step.read_ns >= self._due_ns:
             self.tell()
+
+    def _start(
+        self, layout: StepLayout, newcomers: Set[str], told_next: Sequence[ReadStep]
+    ) -> None:
+        """Have the hub told of them, before their tokens where much is kept of the first ones."""
+        for req_id in sorted(newcomers, key=layout.req_ids.index):
+            if not self._news.concerns(req_id):
+                self._news.start(layout, {req_id})
+            if self._news.is_full:
+                self._send(Reading(EMPTY_LAYOUT, NO_VALUES, time.monotonic_ns()), told_next)
 
     def _account(self) -> None:
         """A step is over."""
@@ -253,15 +268,16 @@ class Readout:
                 accepted = self._tape.requests([step])._replace(lengths_P=lengths_R)
                 slots = self._roster.slots(accepted, read.num_tokens, self._block_size)
                 self._kept.write(slots, read.values)
-            self._news.start(step.layout, self._news.strangers(step.layout))
+            self._start(step.layout, self._news.strangers(step.layout), [step])
         except Exception:
             self._fail(step.num_tokens)
         else:
             self._send(read)
         self._tape.rewind()
 
-    def _send(self, read: Reading, rest: Sequence[Reading] = ()) -> None:
-        """``rest`` follows at once: requests may have tokens there, so none ends before."""
+    def _send(self, read: Reading, rest: Sequence[Reading | ReadStep] = ()) -> None:
+        """``rest`` follows soon: requests may have tokens there, so none ends before."""
+        self._news.num_cached = 0
         try:
             if self._sender.has_lost_hub():
                 self._news.begin_anew([read.layout, *(each.layout for each in rest)])
@@ -272,11 +288,13 @@ class Readout:
             return
         self._overheads_ns.clear()
         self._step += 1
-        self._due_ns = time.monotonic_ns() + TELL_EVERY_NS
+        if not rest:
+            self._due_ns = time.monotonic_ns() + TELL_EVERY_NS
         if sent:
             self._news.told(with_ends=not rest)
             self._told_tokens += read.num_tokens
         else:  # what is to be known of requests is told again with the next frame
+            self._news.lose_cached()
             self._lose(read.num_tokens)
 
     def _fail(self, num_tokens: int) -> None:
@@ -318,8 +336,10 @@ class Readout:
         if self._kept is None:
             return None, 0
         slots = self._roster.leading_slots(req_id, num_positions, self._block_size)
-        known, values = self._kept.read(slots)
         num_external = self._kept.num_foreign(slots)
+        if num_positions * self._kept.bytes_per_slot > MAX_REUSED_BYTES:
+            return None, num_external
+        known, values = self._kept.read(slots)
         if not known.any():
             return None, num_external
         return CachedActivations(known.tobytes(), self._activations(values)), num_external

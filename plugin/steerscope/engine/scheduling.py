@@ -68,6 +68,8 @@ class SchedulerSide:
         known = request.num_tokens - has_unfed_token
         self._ended[req_id] = min(request.num_computed_tokens, known)
         self._changes.pop(req_id, None)
+        if self._orders is not None:
+            self._orders.end(req_id)
 
     def change(self, req_id: str, stamp_from: StampFrom) -> None:
         """Steer a request anew from its next step on; ``stamp_from`` takes the position."""
@@ -83,7 +85,7 @@ class SchedulerSide:
         ``restamp`` is called with (request, first position, stamp) for each change.
         """
         if self._orders is not None and self._orders.is_open:
-            self._changes.update(self._orders.due())
+            self._changes.update(self._orders.due(requests.keys()))
         if not (self._ended or self._changes or self._speculative):
             return NO_NEWS
         computed = {

@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -259,6 +259,7 @@ def capacity(
     return Capacity(
         max_num_tokens=max(model_runner.max_num_tokens, *sizes, 1),
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_model_len=vllm_config.model_config.max_model_len,
         max_rows_per_request=max_rows_per_request,
         max_cache_bytes=max_cache_bytes,
     )
@@ -554,9 +555,12 @@ def _freed(
     return original(self, request, *args, **kwargs)
 
 
-def _stamps(scheduler: Any) -> dict[str, tuple[stamp.Stamp, int]]:
+def _stamps(scheduler: Any, req_ids: Iterable[str] | None) -> dict[str, tuple[stamp.Stamp, int]]:
     found = {}
-    for req_id, request in list(scheduler.requests.items()):  # a thread may be asking
+    requests = scheduler.requests
+    for req_id in list(requests) if req_ids is None else req_ids:
+        if (request := requests.get(req_id)) is None:
+            continue  # another thread asks
         extra_args = getattr(request.sampling_params, "extra_args", None) or {}
         if (payload := extra_args.get(stamp.STAMP_KEY)) is not None:
             found[req_id] = stamp.decode(payload), request.num_prompt_tokens

@@ -10,6 +10,7 @@ import threading
 import zmq
 
 from steerscope.hub.protocol import frames_address
+from steerscope.telemetry.frames import MAX_FRAME_BYTES
 
 MAX_QUEUED_FRAMES = 1000
 MAX_QUEUED_BYTES = 512 * 1024 * 1024
@@ -33,7 +34,7 @@ class FrameSender:
 
     Args:
         endpoint: folder of the hub's sockets.
-        max_frame_bytes: what the activations of one frame can take.
+        max_frame_bytes: what the values of one frame can take.
     """
 
     def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
@@ -56,7 +57,9 @@ class FrameSender:
         return is_lost
 
     def send(self, payload: bytes) -> bool:
-        """Whether the frame was taken."""
+        """Whether the frame was taken; the hub takes none that is larger than it allows."""
+        if len(payload) > MAX_FRAME_BYTES:
+            return False
         try:
             self._socket.send(payload, zmq.DONTWAIT)
         except zmq.ZMQError:

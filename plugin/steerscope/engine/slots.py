@@ -64,7 +64,8 @@ class SlotCache:
     """Values by KV slot; slots from ``num_slots`` on are not kept (the cap)."""
 
     def __init__(self, widths: tuple[int, ...], num_slots: int, max_bytes: int) -> None:
-        self.num_slots = min(num_slots, max_bytes // bytes_per_slot(widths))
+        self.bytes_per_slot = bytes_per_slot(widths)
+        self.num_slots = min(num_slots, max_bytes // self.bytes_per_slot)
         self._state = np.zeros(self.num_slots, np.uint8)
         self._acts = [np.zeros((self.num_slots, width), np.float32) for width in widths]
         self._deltas = [np.zeros((self.num_slots, width), np.float32) for width in widths]

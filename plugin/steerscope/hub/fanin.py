@@ -9,10 +9,8 @@ from collections.abc import Iterator
 import zmq
 
 from steerscope.hub.protocol import frames_address
+from steerscope.telemetry.frames import MAX_FRAME_BYTES
 from steerscope.telemetry.observer import Observer
-
-MAX_FRAME_BYTES = 256 * 1024 * 1024
-"""A larger message is refused by the socket before it is read."""
 
 READ_AHEAD_MESSAGES = 32
 """Frames that wait in our memory; more wait in their worker's, which drops what is too much."""

@@ -18,6 +18,9 @@ from steerscope.steering import traceparent
 from steerscope.steering.rules import SteeringSource
 
 FRAME_VERSION = 4
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+"""The hub's socket refuses a larger one before it is read."""
+
 MAX_STEPS = 1 << 12
 """No frame tells of more."""
 
