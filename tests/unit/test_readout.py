@@ -21,7 +21,9 @@ from steerscope.hub.protocol import frames_address
 from steerscope.steering.interventions import parse_spec
 from steerscope.steering.stamp import Stamp
 from steerscope.telemetry import frames
+from steerscope.telemetry.columns import Columns
 from steerscope.telemetry.frames import RequestEnd
+from steerscope.telemetry.requests import Limits, RequestLedger
 
 NO_TOKENS = np.zeros(0, np.int64)
 
@@ -337,7 +339,9 @@ class TestManyThatShareAPrefix:
         readout.meet(crowd)
         readout.emit(crowd, NO_TOKENS)
 
-    def test_they_are_told_of_a_few_at_a_time_before_their_tokens(self, readout, wire, crowd):
+    def test_they_are_told_of_a_few_at_a_time_before_their_tokens(
+        self, readout, wire, crowd, tiny_world
+    ):
         readout._news._max_cached = 10
         readout._news.ended.append(RequestEnd("x", 7))  # may have tokens that still wait
         self.run(readout, crowd)
@@ -349,6 +353,12 @@ class TestManyThatShareAPrefix:
         tokens = wire.sent[1]
         assert [s.request_id for s in tokens.started] == ["d"]
         assert (tokens.request_ids, len(tokens.finished)) == (("a", "b", "c", "d"), 1)
+        catalog = store.load(tiny_world.catalog)
+        ledger = RequestLedger(Columns(catalog), Limits(10, 60.0, 100), lambda track: ())
+        steps = [ledger.feed(frame, 0.0) for frame in wire.sent]
+        cached = [n for fed in steps for n in fed.blocks if n.cached]
+        assert sum(news.fresh_T.sum() for news in cached) == 3 * 8
+        assert [track.end for track in ledger.running()] == [9] * 3
 
     def test_a_hub_that_is_new_by_then_is_told_of_each_once(self, readout, wire, crowd):
         readout._news._max_cached = 10

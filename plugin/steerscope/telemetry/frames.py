@@ -53,7 +53,7 @@ class CachedActivations(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestStart(msgspec.Struct, frozen=True, array_like=True):
-    """Told once per request and hub, in the first frame that holds a token of it.
+    """Told once per request and hub, in or before the first frame that holds a token of it.
 
     ``first_position`` > 0 means the tokens before it came from the prefix cache.
     """
