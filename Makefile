@@ -28,7 +28,7 @@ fuzz: setup ## fuzz every decoder, guided by coverage (half an hour; RUNS=20000 
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[fuzz]"
 	@$(BIN)/python tests/fuzz/fuzz_run.py $(if $(RUNS),--runs $(RUNS)) $(TARGETS)
 
-bench: setup ## what Steerscope costs beside plain compiled vLLM, step by step (an idle machine; half an hour)
+bench: setup ## what Steerscope costs beside plain compiled vLLM, step by step (an idle machine; an hour and three quarters)
 	@$(BIN)/python tests/bench/bench.py $(BENCH_ARGS)
 
 test-matrix: setup ## the seams and parity on several releases of vLLM
