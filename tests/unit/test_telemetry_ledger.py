@@ -9,6 +9,7 @@ import pytest
 from steerscope.catalog import store
 from steerscope.telemetry import requests, signals
 from steerscope.telemetry.columns import Columns
+from steerscope.telemetry.frames import CachedActivations
 from steerscope.telemetry.requests import Limits, RequestLedger
 from steerscope.telemetry.tracks import Unobserved
 
@@ -296,6 +297,17 @@ def test_a_frame_of_unknown_sites_changes_nothing(ledger, catalog):
     with pytest.raises(ValueError, match=r"resid_post\.9"):
         ledger.feed(bad, 1.0)
     assert ledger.report("a") == ()
+
+
+def test_kept_values_are_filed_and_the_message_that_brought_them_is_let_go(ledger, catalog):
+    kept = CachedActivations(bytes([1, 1, 1]), frame(catalog, ("x", 0, 3), acts=ramp(0, 3)).sites)
+    num_held = sys.getrefcount(kept)
+    started = (msgspec.structs.replace(start("a", 4, first_position=3), cached=kept),)
+    ledger.feed(frame(catalog, ("a", 3, 1), acts=ramp(3, 1), started=started), 1.0)
+    del started
+    (track,) = ledger.report("a")
+    assert np.array_equal(track.activations(), ramp(0, 4))
+    assert sys.getrefcount(kept) == num_held
 
 
 def test_changed_tokens_are_summed_up_once_however_often_recomputed(ledger, catalog):

@@ -14,7 +14,13 @@ from steerscope.engine.plan import RequestInfo, StepLayout
 from steerscope.engine.roster import Roster
 from steerscope.steering.interventions import canonical_json, steering_digest
 from steerscope.steering.stamp import Stamp
-from steerscope.telemetry.frames import CachedActivations, RequestEnd, RequestStart, SteeringChange
+from steerscope.telemetry.frames import (
+    CachedActivations,
+    RequestEnd,
+    RequestStart,
+    SteeringChange,
+    without_cached,
+)
 
 MAX_CACHED_VALUES = 1 << 19
 """Kept activations of requests that start which may wait to be told, and one request's more."""
@@ -168,8 +174,7 @@ class HubNews:
     def lose_cached(self) -> None:
         """It could not be told: requests that start are told of without what is kept."""
         for req_id, start in self._started.items():
-            if start.cached is not None:
-                self._started[req_id] = msgspec.structs.replace(start, cached=None)
+            self._started[req_id] = without_cached(start)
 
     def _resumption(self, req_id: str, info: RequestInfo, position: int) -> RequestStart:
         """For a hub that does not know the request; an earlier one knew it up to there."""

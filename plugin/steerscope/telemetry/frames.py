@@ -136,8 +136,13 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 
 def without_activations(frame: Frame) -> Frame:
     """What the frame tells of requests and of how many tokens they had, and no activation."""
-    started = tuple(msgspec.structs.replace(start, cached=None) for start in frame.started)
+    started = tuple(map(without_cached, frame.started))
     return msgspec.structs.replace(frame, sites=(), started=started)
+
+
+def without_cached(start: RequestStart) -> RequestStart:
+    """What it tells of the request, without what was kept of its first tokens."""
+    return start if start.cached is None else msgspec.structs.replace(start, cached=None)
 
 
 def encode(frame: Frame) -> bytes:

@@ -22,7 +22,12 @@ import numpy as np
 
 from steerscope.steering.interventions import Intervention
 from steerscope.telemetry.columns import Block, BoolArray, Columns, FloatArray, grown
-from steerscope.telemetry.frames import MAX_POSITION, RequestStart, SteeringChange
+from steerscope.telemetry.frames import (
+    MAX_POSITION,
+    RequestStart,
+    SteeringChange,
+    without_cached,
+)
 from steerscope.telemetry.room import Holding
 from steerscope.telemetry.steered import SteeredTokens
 
@@ -102,7 +107,7 @@ class RequestTrack:
         now: float,
         take: Callable[[int], bool],
     ) -> None:
-        self.start = start
+        self.start = without_cached(start)  # its values are filed like all others
         self.key = key
         self.columns = columns
         self.end = start.first_position if start.resumed_at is None else start.resumed_at
