@@ -148,7 +148,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
     settings = _settings(vllm_config)
     if settings is None:
         return None
-    from steerscope.engine import hub_news, seams, tape
+    from steerscope.engine import seams, tape
     from steerscope.engine.readout import Source
     from steerscope.engine.runtime import EngineRuntime
     from steerscope.engine.sender import FrameSender
@@ -171,10 +171,8 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         settings.steering.max_rows_per_request,
         settings.telemetry.max_cache_bytes,
     )
-    num_values = sum(map(len, catalog.sites.values())), len(catalog.sites)
-    most = tape.max_bytes(*num_values, capacity.max_num_tokens) + hub_news.max_bytes(
-        *num_values, capacity.max_model_len
-    )
+    num_features = sum(map(len, catalog.sites.values()))
+    most = tape.max_bytes(num_features, len(catalog.sites), capacity.max_num_tokens)
     made = EngineRuntime(
         catalog,
         seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),

@@ -76,7 +76,7 @@ def runtime(catalog: store.Catalog, endpoint: str, depth: int) -> EngineRuntime:
     return EngineRuntime(
         catalog,
         {i: Layer() for i in range(depth)},
-        Capacity(2048, max(SIZES), 4096, 4, 1 << 30),
+        Capacity(2048, max(SIZES), 4, 1 << 30),
         torch.device("cpu"),
         Source(catalog.digest, "bench", "0", 0),
         FrameSender(endpoint, max_frame_bytes=1 << 20),

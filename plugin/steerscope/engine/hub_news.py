@@ -34,12 +34,6 @@ def max_cached(num_features: int) -> int:
     return MAX_CACHED_VALUES // max(num_features, 1)
 
 
-def max_bytes(num_features: int, num_sites: int, max_model_len: int) -> int:
-    """What activations, changes and doses kept of requests that start can take in one frame."""
-    num_positions = max_cached(num_features) + max_model_len
-    return num_positions * (8 * num_features + 4 * num_sites + 1)
-
-
 class HubNews:
     """Who came, changed and ended.
 

@@ -41,7 +41,6 @@ class Capacity:
 
     max_num_tokens: int
     max_num_seqs: int
-    max_model_len: int
     max_rows_per_request: int
     max_cache_bytes: int
     """Host memory for activations kept beside the KV cache; 0 keeps none."""

@@ -259,7 +259,6 @@ def capacity(
     return Capacity(
         max_num_tokens=max(model_runner.max_num_tokens, *sizes, 1),
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-        max_model_len=vllm_config.model_config.max_model_len,
         max_rows_per_request=max_rows_per_request,
         max_cache_bytes=max_cache_bytes,
     )

@@ -34,7 +34,7 @@ class FrameSender:
 
     Args:
         endpoint: folder of the hub's sockets.
-        max_frame_bytes: what the values of one frame can take.
+        max_frame_bytes: what the activations of one frame can take.
     """
 
     def __init__(self, endpoint: str, max_frame_bytes: int) -> None:
