@@ -172,7 +172,7 @@ def runtime(vllm_config: Any, model_runner: Any) -> EngineRuntime | None:
         settings.telemetry.max_cache_bytes,
     )
     num_features = sum(map(len, catalog.sites.values()))
-    most = tape.max_bytes(num_features, len(catalog.sites), capacity.max_num_tokens)
+    most = tape.max_frame_bytes(num_features, len(catalog.sites), capacity.max_num_tokens)
     made = EngineRuntime(
         catalog,
         seams.decoder_layers(model_runner.get_model(), catalog.document.model.num_hidden_layers),

@@ -29,11 +29,6 @@ Reused = tuple[CachedActivations | None, int]
 """Of a request's first tokens: what is kept of them, and how many had their KV brought to them."""
 
 
-def max_cached(num_features: int) -> int:
-    """So many positions are ``MAX_CACHED_VALUES``."""
-    return MAX_CACHED_VALUES // max(num_features, 1)
-
-
 class HubNews:
     """Who came, changed and ended.
 
@@ -54,7 +49,7 @@ class HubNews:
         self._catalog_digest = catalog_digest
         self._roster = roster
         self._reused = reused
-        self._max_cached = max_cached(num_features)
+        self._max_cached = MAX_CACHED_VALUES // num_features
         self.num_cached = 0
         """First positions of requests that start, of which something is kept, since last tried."""
         self._known: set[str] = set()

@@ -34,9 +34,10 @@ def max_waiting(num_features: int) -> int:
     return min(MAX_WAITING_ROWS, MAX_WAITING_VALUES // max(num_features, 1))
 
 
-def max_bytes(num_features: int, num_sites: int, max_num_tokens: int) -> int:
+def max_frame_bytes(num_features: int, num_sites: int, max_num_tokens: int) -> int:
     """What activations, changes and doses of all that may wait, and a step more, can take."""
-    return (max_waiting(num_features) + max_num_tokens) * (8 * num_features + 4 * num_sites)
+    num_tokens = max_waiting(num_features) + max_num_tokens
+    return num_tokens * (8 * num_features + 4 * num_sites)
 
 
 @dataclass(slots=True)
