@@ -1,9 +1,10 @@
 """What Steerscope costs over HTTP: reports in responses, and live watches.
 
     python tests/bench/served.py [--model demo|medium] [--seconds 10] [--columns ...]
+                                 [--concurrency 1 8 64]
 
 Real servers, plain ones and one observing 64 features, on one core; client, hub and watchers on
-the other. Streamed completions go to two of them in turn, one or eight at a time. Columns:
+the other. Streamed completions go to two of them in turn, 1, 8 or 64 at a time. Columns:
 ``null`` (plain beside plain: what the others' figures are worth), ``observe``, ``report`` (each
 request asks for its report), ``watch`` (a client has WatchActivations, of all requests and
 features, and WatchSignals open).
@@ -31,6 +32,7 @@ import httpx
 import numpy as np
 import ratios
 import yaml
+from columns import CONCURRENCY
 from engine_child import PROMPT_TOKENS, place
 from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
 from random_model import SHAPES, write_config, write_model
@@ -40,7 +42,6 @@ from steerscope.demo.live import server
 from steerscope.demo.paths import MODEL_DIR
 
 COLUMNS = ("null", "observe", "report", "watch")
-CONCURRENCY = (1, 8)
 OUTPUT_TOKENS = 64
 MODEL_NAME = "bench"
 SERVER_ARGS = {"dtype": "float32", "max-model-len": 4096, "max-num-seqs": 64, "host": "127.0.0.1"}
@@ -80,7 +81,13 @@ class Batch(NamedTuple):
     gaps: list[float]
 
 
-def run(name: str, columns: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
+def run(
+    name: str,
+    columns: Sequence[str],
+    folder: Path,
+    seconds: float,
+    concurrency: Sequence[int] = CONCURRENCY,
+) -> dict[str, Any]:
     """Ratios by column and number of requests at a time."""
     shape = SHAPES[name]
     model = write_model(folder / "model", name)
@@ -104,10 +111,10 @@ def run(name: str, columns: Sequence[str], folder: Path, seconds: float) -> dict
             with _watching(address, column == "watch") as seen:
                 found[column] = {
                     size: asyncio.run(_cell(urls, size, column == "report", shape, seconds))
-                    for size in CONCURRENCY
+                    for size in concurrency
                 }
             if seen:
-                found[column][CONCURRENCY[-1]]["events"] = seen
+                found[column][concurrency[-1]]["events"] = seen
     return found
 
 
@@ -233,10 +240,17 @@ def main() -> int:
     parser.add_argument("--model", choices=sorted(SHAPES), default="demo")
     parser.add_argument("--columns", nargs="*", choices=COLUMNS, default=COLUMNS)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--concurrency", nargs="*", type=int, default=CONCURRENCY)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {HUB_CORE})
     with tempfile.TemporaryDirectory(prefix="served-") as folder:
-        found = run(arguments.model, arguments.columns, Path(folder), arguments.seconds)
+        found = run(
+            arguments.model,
+            arguments.columns,
+            Path(folder),
+            arguments.seconds,
+            arguments.concurrency,
+        )
     print(json.dumps(found, indent=1))
     return 0
 
