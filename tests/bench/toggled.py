@@ -1,6 +1,7 @@
 """What a decoding step costs, in one engine that has Steerscope and has it not, in turn.
 
     python tests/bench/toggled.py [--models demo medium] [--columns observe-64 ...] [--seconds 60]
+                                  [--concurrency 8 64]
 
 Two processes that do the same differ by percents, depending on where their memory happens to lie;
 one process does not differ from itself. A few steps with Steerscope, as many without (the
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,7 @@ def measure(engine: Engine, concurrency: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def column(model: str, name: str, seconds: float) -> None:
+def column(model: str, name: str, seconds: float, concurrency: Sequence[int]) -> None:
     """One engine; runs in a process of its own."""
     from steerscope.engine import readout
 
@@ -126,13 +128,16 @@ def column(model: str, name: str, seconds: float) -> None:
         os.sched_setaffinity(0, {ENGINE_CORE})
         engine = Engine(str(path), ENGINE_ARGS, made.steering)
         place(os.getpid(), ENGINE_CORE, HUB_CORE)
-        cells = {c: measure(engine, c, seconds) for c in CONCURRENCY}
+        cells = {c: measure(engine, c, seconds) for c in concurrency}
     print("RESULT " + json.dumps(cells), flush=True)
 
 
-def run(model: str, name: str, seconds: float) -> dict[str, Any]:
+def run(
+    model: str, name: str, seconds: float, concurrency: Sequence[int] = CONCURRENCY
+) -> dict[str, Any]:
     """One column, by number of requests."""
     command = [sys.executable, __file__, "--seconds", str(seconds), "--one", model, name]
+    command += ["--concurrency", *map(str, concurrency)]
     told = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ENVIRONMENT}
     ).stdout
@@ -148,13 +153,17 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=sorted(SHAPES), default=sorted(SHAPES))
     parser.add_argument("--columns", nargs="*", default=COLUMNS)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each cell")
+    parser.add_argument("--concurrency", nargs="*", type=int, default=CONCURRENCY)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        column(*arguments.one, arguments.seconds)
+        column(*arguments.one, arguments.seconds, arguments.concurrency)
         return 0
     for model in arguments.models:
-        found = {name: run(model, name, arguments.seconds) for name in arguments.columns}
+        found = {
+            name: run(model, name, arguments.seconds, arguments.concurrency)
+            for name in arguments.columns
+        }
         print("\n".join(bench_tables.toggled(found)), flush=True)
     return 0
 
