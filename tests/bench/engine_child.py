@@ -47,6 +47,11 @@ class Engine:
         self.engine.step()
         self._num_ended = 0
 
+    def submit(self, concurrency: int, max_tokens: int) -> None:
+        """Submit so many requests that end together."""
+        for _ in range(concurrency):
+            self._submit(self._prompt(PROMPT_TOKENS), max_tokens)
+
     def steps(self, count: int, lead_in: bool) -> dict[str, list[Any]]:
         """So many steps: nanoseconds each, on the clock and of the processor (all our threads),
         and whether requests waited it out between tokens.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import ratios
 from columns import ENGINE_ARGS, spec
-from engine_child import PROMPT_TOKENS, Engine, place
+from engine_child import Engine, place
 from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
 from random_model import SHAPES, write_model
 
@@ -50,8 +50,7 @@ def measure(engine: Engine, found: list[int], size: int, steps: int) -> dict[str
     engine.fill(size)
     told = {"coming and going": _own(engine, found, steps)}
     engine.drain()
-    for _ in range(size):
-        engine._submit(engine._prompt(PROMPT_TOKENS), WARM_UP_STEPS + steps + 10)
+    engine.submit(size, WARM_UP_STEPS + steps + 10)
     told["steady"] = _own(engine, found, steps)
     engine.drain()
     return told

@@ -1,10 +1,10 @@
 """Where a step's time goes inside a working engine: a clock around each part of ours.
 
-    python tests/bench/step_parts.py [--model demo] [--column observe-64] [--requests 64]
+    python tests/bench/step_parts.py [--model demo] [--column observe-64] [--requests 64] [--steady]
 
-The work is the decoding of ``bench.py``; the op is part of the graph and has no clock. Parts nest
-(``plan`` holds ``rows``); what a clock costs, some 1 µs a call, is in them. Means of all steps, so
-that what happens now and then is in them.
+The work is the decoding of ``bench.py``, or with ``--steady`` of requests that stay; the op is part
+of the graph and has no clock. Parts nest (``plan`` holds ``rows``); what a clock costs, some 1 µs a
+call, is in them. Means of all steps, so that what happens now and then is in them.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--column", default="observe-64")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steady", action="store_true", help="none comes or ends")
     arguments = parser.parse_args()
     enter_environment()
     with tempfile.TemporaryDirectory(prefix="parts-") as folder:
@@ -96,10 +97,14 @@ def main() -> int:
         made = spec(arguments.column, model, SHAPES[arguments.model], Path(folder))
         os.environ["STEERSCOPE_CONFIG"] = str(made.config)
         os.sched_setaffinity(0, {ENGINE_CORE})
-        engine = Engine(str(model), ENGINE_ARGS, made.steering)
+        engine_args = {**ENGINE_ARGS, "max_num_seqs": max(64, arguments.requests)}
+        engine = Engine(str(model), engine_args, made.steering)
         place(os.getpid(), ENGINE_CORE, HUB_CORE)
         timed = clocks()
-        engine.fill(arguments.requests)
+        if arguments.steady:
+            engine.submit(arguments.requests, WARM_UP_STEPS + arguments.steps + 10)
+        else:
+            engine.fill(arguments.requests)
         engine.steps(WARM_UP_STEPS, lead_in=False)
         for clock in timed.values():
             clock.reset()

@@ -29,7 +29,7 @@ import bench_tables
 import numpy as np
 import ratios
 from columns import ENGINE_ARGS, spec
-from engine_child import PROMPT_TOKENS, Engine, place
+from engine_child import Engine, place
 from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
 from random_model import SHAPES, write_model
 
@@ -84,8 +84,7 @@ def know_all_blocks(switch: Switch, engine: Engine) -> None:
 
 def crowd(engine: Engine, concurrency: int, times: dict[bool, list[Any]]) -> None:
     """So many requests, and as many turns as they are long."""
-    for _ in range(concurrency):
-        engine._submit(engine._prompt(PROMPT_TOKENS), MAX_TOKENS)
+    engine.submit(concurrency, MAX_TOKENS)
     engine.steps(10, lead_in=False)
     switch = Switch(engine)
     know_all_blocks(switch, engine)

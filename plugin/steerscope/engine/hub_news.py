@@ -86,16 +86,15 @@ class HubNews:
         """Requests that the hub was not told of, and will not be by the next frame."""
         return set(layout.req_ids).difference(self._known, self._started)
 
-    def start(self, layout: StepLayout, strangers: Set[str]) -> None:
-        """The hub is to be told of them, each with the first position it ever had."""
-        for r in sorted(map(layout.req_ids.index, strangers)):
-            req_id, position = layout.req_ids[r], int(layout.first_positions[r])
-            info = self._roster.info(req_id)
-            self._started[req_id] = (
-                self._resumption(req_id, info, position)
-                if req_id in self._known_earlier
-                else self._request_start(req_id, info, position)
-            )
+    def start(self, layout: StepLayout, r: int) -> None:
+        """The hub is to be told of the r-th request, with the first position it ever had."""
+        req_id, position = layout.req_ids[r], int(layout.first_positions[r])
+        info = self._roster.info(req_id)
+        self._started[req_id] = (
+            self._resumption(req_id, info, position)
+            if req_id in self._known_earlier
+            else self._request_start(req_id, info, position)
+        )
 
     def change(self, req_id: str, position: int, stamp: Stamp) -> None:
         """A request's steering changed from ``position`` on."""
@@ -148,7 +147,9 @@ class HubNews:
             self._resumed[req_id] = self._resumption(req_id, info, position)
         self._leaving.clear()
         for layout in layouts:
-            self.start(layout, self.strangers(layout).difference(self._resumed))
+            strangers = self.strangers(layout).difference(self._resumed)
+            for r in sorted(map(layout.req_ids.index, strangers)):
+                self.start(layout, r)
 
     def told(self, with_ends: bool) -> None:
         """A frame with it was sent, with the ends only if that is so."""

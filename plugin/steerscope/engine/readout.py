@@ -248,9 +248,9 @@ class Readout:
         self, layout: StepLayout, newcomers: Set[str], told_next: Sequence[ReadStep]
     ) -> None:
         """Have the hub told of them, before their tokens where much is kept of the first ones."""
-        for req_id in sorted(newcomers, key=layout.req_ids.index):
-            if not self._news.concerns(req_id):
-                self._news.start(layout, {req_id})
+        for r in sorted(map(layout.req_ids.index, newcomers)):
+            if not self._news.concerns(layout.req_ids[r]):
+                self._news.start(layout, r)
             if self._news.is_full:
                 self._send(Reading(EMPTY_LAYOUT, NO_VALUES, time.monotonic_ns()), told_next)
 
