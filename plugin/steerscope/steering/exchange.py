@@ -19,7 +19,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Any, Send], Awaitable[None]]
-Report = Callable[[], Awaitable[dict[str, Any]]]
+Report = Callable[[], Awaitable[bytes]]
+"""A JSON object, in one line."""
 
 RESPONSE_KEY = "steerscope"
 """Where a response holds its report."""
@@ -35,10 +36,10 @@ class Exchange:
     headers: Headers = ()
     reports: list[Report] = field(default_factory=list)
 
-    async def told(self) -> dict[str, Any]:
+    async def told(self) -> bytes:
         """The report; of several prompts in one request, all under ``reports``."""
         found = [await report() for report in self.reports]
-        return found[0] if len(found) == 1 else {"reports": found}
+        return found[0] if len(found) == 1 else b'{"reports":[' + b",".join(found) + b"]}"
 
 
 _current: ContextVar[Exchange | None] = ContextVar("steerscope_exchange", default=None)
@@ -135,9 +136,7 @@ class _Reported:
         held.body += message.get("body", b"")
         if message.get("more_body", False):
             return
-        reply = json.loads(held.body)
-        reply[RESPONSE_KEY] = await self._exchange.told()
-        await held.release(self._send, json.dumps(reply, ensure_ascii=False).encode())
+        await held.release(self._send, _with(bytes(held.body), await self._exchange.told()))
 
     async def _stream(self, message: Message) -> None:
         """The report goes before the end: as a chunk like that of the usage, or as an event."""
@@ -152,7 +151,7 @@ class _Reported:
         told = await self._exchange.told()
         if done:
             chunk = {key: last[key] for key in _LIKE_A_CHUNK if key in last}
-            event = _event({**chunk, "choices": [], RESPONSE_KEY: told})
+            event = _event(_with(json.dumps({**chunk, "choices": []}).encode(), told))
         else:
             event = f"event: {RESPONSE_KEY}\n".encode() + _event(told)
         await self._send({**message, "body": before + event + done + after})
@@ -201,5 +200,11 @@ def _data(events: bytes) -> dict[str, Any]:
     return {}
 
 
-def _event(tree: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(tree, ensure_ascii=False)}\n\n".encode()
+def _with(reply: bytes, report: bytes) -> bytes:
+    """The JSON object ``reply`` with the report in it; what was there stays, byte for byte."""
+    members = reply.rstrip().removesuffix(b"}")
+    return b'%b,"%b":%b}' % (members, RESPONSE_KEY.encode(), report)
+
+
+def _event(tree: bytes) -> bytes:
+    return b"data: " + tree + b"\n\n"

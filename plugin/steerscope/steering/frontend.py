@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,18 +144,12 @@ class FrontEnd:
             raise SpecError(REPORT_KEY, "goes into an HTTP response; else call GetRequestReport")
         asked = ReportAsked(external_id, REPORT_WAIT_SECONDS, want is Wanted.ACTIVATIONS)
 
-        async def report() -> dict[str, Any]:
+        async def report() -> bytes:
             try:
                 found = await self._link.ask(asked)
             except HubError:
-                return {"name": f"requests/{external_id}", "unavailable": "the hub is away"}
-            if found is None:
-                return {
-                    "name": f"requests/{external_id}",
-                    "unavailable": "the hub does not know it",
-                }
-            tree: dict[str, Any] = json.loads(found)
-            return tree
+                return _unavailable(external_id, "the hub is away")
+            return found or _unavailable(external_id, "the hub does not know it")
 
         exchange.reports.append(report)
 
@@ -175,3 +168,7 @@ class FrontEnd:
                 authorise_use(identity, asked.policy, asked.spec)
         except AccessError as error:
             raise SpecError(STEERING_KEY, str(error)) from None
+
+
+def _unavailable(external_id: str, reason: str) -> bytes:
+    return msgspec.json.encode({"name": f"requests/{external_id}", "unavailable": reason})
