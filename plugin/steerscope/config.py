@@ -28,7 +28,6 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 import msgspec
 
 from steerscope import security as access
-from steerscope import yamltext
 from steerscope.catalog.model import LabelSlug, ModelMatch, Slug
 from steerscope.errors import ConfigError, HubError
 from steerscope.steering.interventions import MAX_INTERVENTIONS, Policy
@@ -267,6 +266,8 @@ class Settings(_Settings, frozen=True):
 
 def load_file(path: Path) -> Settings:
     """Read a config file; raise ``ConfigError`` naming the file and the field."""
+    from steerscope import yamltext  # for those who have a file: vLLM imports us in every process
+
     try:
         tree = yamltext.read(path.read_bytes())
     except OSError as error:

@@ -25,7 +25,6 @@ from typing import Annotated
 
 import msgspec
 
-from steerscope import yamltext
 from steerscope.errors import ConfigError
 
 IDENTITY_NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}\Z"
@@ -213,6 +212,8 @@ def check_identities(identities: Iterable[Identity], tls: Tls | None, where: str
 
 def read_identities(content: bytes, where: str) -> tuple[Identity, ...]:
     """Decode an identities file; raise ``ConfigError`` naming the field."""
+    from steerscope import yamltext  # as in ``config``
+
     try:
         return msgspec.convert(yamltext.read(content), IdentitiesFile).identities
     except (ValueError, msgspec.ValidationError) as error:

@@ -8,7 +8,10 @@ import sys
 PROBE = """
 import json, sys
 import steerscope.plugin
-heavy = sorted({"torch", "numpy", "grpc", "vllm", "zmq", "safetensors"} & set(sys.modules))
+heavy = sorted(
+    {"torch", "numpy", "grpc", "vllm", "zmq", "safetensors", "yaml", "multiprocessing"}
+    & set(sys.modules)
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 import vllm.v1.engine.input_processor, vllm.v1.core.block_pool
