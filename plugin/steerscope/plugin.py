@@ -13,6 +13,7 @@ calls in API servers only, and only where VLLM_PLUGINS names us.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,6 @@ def register() -> None:
     """Entry point ``vllm.general_plugins: steerscope``."""
     if not (config.is_configured() or _configured_by_argument()):
         return
-    import gc
     import multiprocessing
 
     from steerscope.engine import seams

@@ -10,20 +10,14 @@ come), and where the same ones go on. The op is part of the graph and not in it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import one_engine
 import ratios
-from columns import ENGINE_ARGS, spec
-from engine_child import Engine, place
-from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
-from random_model import SHAPES, write_model
+from engine_child import Engine
+from random_model import SHAPES
 
 SIZES = (1, 8, 64, 128, 256)
 COLUMNS = ("observe-64", "steer-64")
@@ -65,17 +59,9 @@ def _own(engine: Engine, found: list[int], steps: int) -> list[float]:
 
 def column(model: str, name: str, steps: int) -> None:
     """One engine; runs in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="own-") as folder:
-        path = write_model(Path(folder) / "model", model)
-        made = spec(name, path, SHAPES[model], Path(folder))
-        os.environ["STEERSCOPE_CONFIG"] = str(made.config)
-        os.sched_setaffinity(0, {ENGINE_CORE})
-        engine_args = {**ENGINE_ARGS, "max_num_seqs": max(SIZES)}
-        engine = Engine(str(path), engine_args, made.steering)
-        place(os.getpid(), ENGINE_CORE, HUB_CORE)
+    with one_engine.started(model, name, max_num_seqs=max(SIZES)) as engine:
         found = collect()
-        told = [measure(engine, found, size, steps) for size in SIZES]
-    print("RESULT " + json.dumps(told), flush=True)
+        one_engine.tell([measure(engine, found, size, steps) for size in SIZES])
 
 
 def rows(name: str, told: list[dict[str, list[float]]]) -> list[str]:
@@ -103,16 +89,11 @@ def main() -> int:
     print("| | " + " | ".join([*map(str, SIZES), "a request more"]) + " |")
     print("| --- " * (len(SIZES) + 2) + "|")
     for name in arguments.columns:
-        command = [sys.executable, __file__, "--model", arguments.model, "--one", name]
-        output = subprocess.run(
-            [*command, "--steps", str(arguments.steps)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env={**os.environ, **ENVIRONMENT},
-        ).stdout
-        (line,) = (each for each in output.splitlines() if each.startswith("RESULT "))
-        print("\n".join(rows(name, json.loads(line[7:]))), flush=True)
+        told = one_engine.run_apart(
+            *(__file__, "--one", name),
+            *("--model", arguments.model, "--steps", arguments.steps),
+        )
+        print("\n".join(rows(name, told)), flush=True)
     return 0
 
 

@@ -10,19 +10,15 @@ call, is in them. Means of all steps, so that what happens now and then is in th
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from columns import ENGINE_ARGS, spec
-from engine_child import Engine, place
-from engine_pair import ENGINE_CORE, HUB_CORE, enter_environment
-from random_model import SHAPES, write_model
+import one_engine
+from engine_pair import enter_environment
+from random_model import SHAPES
 
 WARM_UP_STEPS = 50
 
@@ -92,14 +88,8 @@ def main() -> int:
     parser.add_argument("--steady", action="store_true", help="none comes or ends")
     arguments = parser.parse_args()
     enter_environment()
-    with tempfile.TemporaryDirectory(prefix="parts-") as folder:
-        model = write_model(Path(folder) / "model", arguments.model)
-        made = spec(arguments.column, model, SHAPES[arguments.model], Path(folder))
-        os.environ["STEERSCOPE_CONFIG"] = str(made.config)
-        os.sched_setaffinity(0, {ENGINE_CORE})
-        engine_args = {**ENGINE_ARGS, "max_num_seqs": max(64, arguments.requests)}
-        engine = Engine(str(model), engine_args, made.steering)
-        place(os.getpid(), ENGINE_CORE, HUB_CORE)
+    max_num_seqs = max(64, arguments.requests)
+    with one_engine.started(arguments.model, arguments.column, max_num_seqs=max_num_seqs) as engine:
         timed = clocks()
         if arguments.steady:
             engine.submit(arguments.requests, WARM_UP_STEPS + arguments.steps + 10)

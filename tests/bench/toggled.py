@@ -14,24 +14,18 @@ cost. Prints a Markdown table.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import bench_tables
 import numpy as np
+import one_engine
 import ratios
-from columns import ENGINE_ARGS, spec
-from engine_child import Engine, place
-from engine_pair import ENGINE_CORE, ENVIRONMENT, HUB_CORE
-from random_model import SHAPES, write_model
+from engine_child import Engine
+from random_model import SHAPES
 
 MAX_TOKENS = 600
 """After which other requests are taken: contexts stay short, where our share is largest."""
@@ -120,29 +114,19 @@ def column(model: str, name: str, seconds: float, concurrency: Sequence[int]) ->
     from steerscope.engine import readout
 
     readout.TELL_EVERY_NS *= 2  # it tells by the clock, and is there half the time
-    with tempfile.TemporaryDirectory(prefix="toggled-") as folder:
-        path = write_model(Path(folder) / "model", model)
-        made = spec(name, path, SHAPES[model], Path(folder))
-        os.environ["STEERSCOPE_CONFIG"] = str(made.config)
-        os.sched_setaffinity(0, {ENGINE_CORE})
-        engine = Engine(str(path), ENGINE_ARGS, made.steering)
-        place(os.getpid(), ENGINE_CORE, HUB_CORE)
-        cells = {c: measure(engine, c, seconds) for c in concurrency}
-    print("RESULT " + json.dumps(cells), flush=True)
+    with one_engine.started(model, name) as engine:
+        one_engine.tell({c: measure(engine, c, seconds) for c in concurrency})
 
 
 def run(
     model: str, name: str, seconds: float, concurrency: Sequence[int] = CONCURRENCY
 ) -> dict[str, Any]:
     """One column, by number of requests."""
-    command = [sys.executable, __file__, "--seconds", str(seconds), "--one", model, name]
-    command += ["--concurrency", *map(str, concurrency)]
-    told = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **ENVIRONMENT}
-    ).stdout
-    (line,) = (row for row in told.splitlines() if row.startswith("RESULT "))
+    cells: dict[str, Any] = one_engine.run_apart(
+        *(__file__, "--one", model, name),
+        *("--seconds", seconds, "--concurrency", *concurrency),
+    )
     print(f"{model}: {name}, by turns, done", file=sys.stderr, flush=True)
-    cells: dict[str, Any] = json.loads(line[7:])
     return cells
 
 
